@@ -1,0 +1,1 @@
+"""Text and tasks to train on, and the tokenizers that read them."""

@@ -1,0 +1,406 @@
+"""
+LM2, the Large Memory Model (Kang et al. 2025, arXiv 2502.06049), in one file.
+
+Notable features:
+- a Llama-style decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases, untied head
+- every block owns a memory bank: N slots that tokens read by cross-attention and that gates update once a segment
+- layer-parallel: a block sees all segments of a sequence at once, only the N slots recur from segment to segment
+- attention slides over the last `block_size` tokens, so what lies further back must come through the memory
+- a streaming state: any number of tokens at a time, in constant memory, with the same logits as all at once
+
+Shapes: B batch, L tokens of one call, T = block_size, S segments, N = mem_slots, D = n_embd, nh heads, hs = D / nh.
+"""
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class LM2Config:
+    vocab_size: int              # number of token ids
+    block_size: int = 64         # T: tokens in a segment, and in the sliding attention window
+    n_layer: int = 4             # blocks
+    n_head: int = 4              # attention heads
+    n_kv_head: int = 0           # heads of keys and values (grouped-query attention), 0: n_head
+    n_embd: int = 128            # D: width
+    mlp_ratio: float = 8 / 3     # hidden width of the SwiGLU over n_embd
+    dropout: float = 0.0         # on the embedding and on what each block adds to the residual stream
+    qk_norm: bool = True         # RMSNorm on queries and keys
+    rope_theta: float = 10000.0  # base of the rotary angles
+    attention: str = "window"    # window: the last block_size tokens; full: all tokens before
+    memory: str = "lm2"          # lm2: a memory bank in each block; none: the vanilla decoder
+    mem_slots: int = 16          # N: slots in a bank
+    mem_heads: int = 0           # heads of the memory's read and write, 0: n_head
+    mem_layers: int = -1         # blocks with memory, counted from the first, -1: all
+    mem_topk: int = 0            # slots that a token reads in each head, 0: all
+    mem_write: str = "attend"    # attend: slots attend to the segment; aligned: slot i takes position i, as in the paper
+
+    def __post_init__(self):
+        """Fills in the zeros; raises ValueError, one line that says what to change, for what cannot work."""
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.mem_heads = self.mem_heads or self.n_head
+        if self.mem_layers < 0:
+            self.mem_layers = self.n_layer
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mem_slots", "mem_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "none")), ("mem_write", ("attend", "aligned"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)} is not known: use {' or '.join(known)}")
+        for name, total in (("n_head", "n_embd"), ("n_kv_head", "n_head"), ("mem_heads", "n_embd")):
+            if getattr(self, total) % getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)} must divide {total}={getattr(self, total)}")
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd/n_head={self.n_embd // self.n_head} must be even for rotary positions")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.mlp_ratio <= 0:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} must be above 0")
+        if self.memory == "none":
+            return
+        if self.mem_slots > self.n_embd:
+            raise ValueError(f"mem_slots={self.mem_slots} must be at most n_embd={self.n_embd}: a bank starts as the identity")
+        if self.mem_write == "aligned" and self.mem_slots != self.block_size:
+            raise ValueError(f"mem_write=aligned needs mem_slots={self.mem_slots} to equal block_size={self.block_size}")
+        if self.mem_layers > self.n_layer:
+            raise ValueError(f"mem_layers={self.mem_layers} must be at most n_layer={self.n_layer}")
+        if not 0 <= self.mem_topk <= self.mem_slots:
+            raise ValueError(f"mem_topk={self.mem_topk} must be between 0 and mem_slots={self.mem_slots}")
+
+
+class LayerState(NamedTuple):
+    """What a block remembers. With attention="window" its size does not depend on the number of tokens seen."""
+    k: torch.Tensor         # (B, P, n_kv_head, hs) keys of the last P = min(pos, T - 1) tokens, of all with attention="full"
+    v: torch.Tensor         # (B, P, n_kv_head, hs) their values
+    h: torch.Tensor | None  # (B, pos % T, D) normed inputs of the unfinished segment, to be written when it ends
+    M: torch.Tensor | None  # (B, N, D) the bank after the last whole segment, float32
+
+
+class State(NamedTuple):
+    pos: int                  # tokens seen so far
+    layers: list[LayerState]  # one per block
+
+
+def linear(n_in, n_out, bias=False):
+    return nn.Linear(n_in, n_out, bias=bias)
+
+
+def rope_angles(pos, length, head_dim, theta, device):
+    """cos and sin (length, 1, head_dim/2) of the rotary angles from position pos on, exact at any position: float64."""
+    where = "cpu" if device.type == "mps" else device  # mps has no float64
+    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
+    angles = torch.arange(pos, pos + length, dtype=torch.float64, device=where)[:, None, None] * freq
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def rotate(x, cos, sin):
+    """Rotary positions, half-split as in Hugging Face's Llama. x (B, L, heads, hs)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(q, k, v, mask=None):
+    """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs), k and v (B, Lk, nkv, hs) -> (B, Lq, nh * hs)."""
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+                                       enable_gqa=q.size(2) != k.size(2))
+    return y.transpose(1, 2).flatten(2)
+
+
+def causal_mask(n_q, n_k, window, device):
+    """(n_q, n_k) True where query i sees key j: the last query stands at the last key and each sees `window` keys at most."""
+    i = torch.arange(n_k - n_q, n_k, device=device)[:, None]
+    j = torch.arange(n_k, device=device)
+    return (j <= i) & (j > i - window)
+
+
+def window_attention(q, k, v, window):
+    """
+    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries.
+    q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
+    """
+    past, first = k.size(1) - q.size(1), min(window, q.size(1))
+    mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
+    y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
+    if q.size(1) == first:
+        return y
+    # every further block of queries sees its own keys and those of the block before
+    rest = q.size(1) - first
+    n, pad = -(-rest // window), -rest % window
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x for x in (q[:, first:], k[:, past:], v[:, past:]))
+    q = q.reshape(-1, window, *q.shape[2:])                                          # (B*n, T, nh, hs)
+    k, v = (x.unflatten(1, (n + 1, window)) for x in (k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))   # (B*n, 2T, nkv, hs)
+    more = attend(q, k, v, causal_mask(window, 2 * window, window, q.device))
+    return torch.cat((y, more.view(y.size(0), n * window, -1)[:, :rest]), dim=1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention, over a sliding window or over everything before."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.n_embd // config.n_head
+        self.wqkv = linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_dim)
+        self.wo = linear(config.n_embd, config.n_embd)
+
+    def forward(self, h, rope, k_past, v_past):
+        """h (B, L, D), keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
+        c = self.config
+        qkv = self.wqkv(h).unflatten(-1, (-1, self.head_dim))
+        qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
+        if c.qk_norm:
+            qk = F.rms_norm(qk, (self.head_dim,))
+        q, k = rotate(qk, *rope).to(v.dtype).split((c.n_head, c.n_kv_head), dim=2)
+        if k_past.size(1):
+            k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
+        if c.attention == "window":
+            y, keep = window_attention(q, k, v, c.block_size), c.block_size - 1
+        else:
+            y, keep = attend(q, k, v, causal_mask(q.size(1), k.size(1), k.size(1), q.device)), k.size(1)
+        start = max(0, k.size(1) - keep)
+        return self.wo(y), k[:, start:], v[:, start:]
+
+
+class MemoryBank(nn.Module):
+    """
+    The memory of one block: N slots of width D. `read` is the paper's Eq. 1-2, `output_gate` Eq. 3, `gates` Eq. 4-5, `update`
+    Eq. 6. A token of segment s reads the bank as it stood after segment s-1, so nothing flows from later tokens to earlier ones.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        D = config.n_embd
+        self.norm = nn.RMSNorm(D)
+        self.w_q, self.w_k, self.w_v = linear(D, D), linear(D, D), linear(D, D)
+        self.w_out, self.w_in, self.w_forget = (linear(D, D, bias=True) for _ in range(3))
+        if config.mem_write == "attend":
+            self.slots = nn.Parameter(torch.empty(config.mem_slots, D))  # a learned query for each slot
+            self.w_write_k, self.w_write_v = linear(D, D), linear(D, D)
+
+    def initial(self, batch, device):
+        """The bank before the first segment: the identity, (B, N, D)."""
+        return torch.eye(self.config.mem_slots, self.config.n_embd, device=device).expand(batch, -1, -1)
+
+    def cross_attention(self, q, k, v, topk=0):
+        """softmax(Q K^T / sqrt(d)) V in mem_heads heads. q (..., Lq, D), k and v (..., Lk, D) -> (..., Lq, D)"""
+        q, k, v = (x.unflatten(-1, (self.config.mem_heads, -1)).transpose(-3, -2) for x in (q, k, v))  # (..., heads, L, d)
+        if self.config.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]).to(v.dtype), F.rms_norm(k, k.shape[-1:]).to(v.dtype)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+        if topk:
+            scores = scores.masked_fill(scores < scores.topk(topk).values[..., -1:], -torch.inf)
+        return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(-3, -2).flatten(-2)
+
+    def read(self, h, M):
+        """E_mem: each token asks the slots (Eq. 1-2). h (..., L, D), M (..., N, D) -> (..., L, D)"""
+        slots = self.norm(M)
+        return self.cross_attention(self.w_q(h), self.w_k(slots), self.w_v(slots), self.config.mem_topk)
+
+    def output_gate(self, E):
+        """g_out: how much of what was read enters the residual stream (Eq. 3)."""
+        return self.w_out(E).sigmoid()
+
+    def content(self, h):
+        """C of the `attend` write: each slot asks the segment. h (..., T, D) -> (..., N, D)"""
+        return self.cross_attention(self.slots, self.w_write_k(h), self.w_write_v(h))
+
+    def gates(self, x, C):
+        """Input gate (Eq. 4) and forget gate (Eq. 5), (..., N, D), in float32."""
+        return self.w_in(x).float().sigmoid(), self.w_forget(C).float().sigmoid()
+
+    def update(self, M, C, g_in, g_forget):
+        """The bank after the segment (Eq. 6)."""
+        return g_in * C.float().tanh() + g_forget * M
+
+    def write(self, h, M):
+        """
+        Writes whole segments, one after the other. h (B, S, T, D), M (B, N, D) -> the S + 1 banks (B, S + 1, N, D), M the first.
+        With `attend` content and gates do not depend on the bank: they are made for all segments at once, and only Eq. 6 recurs.
+        """
+        banks = [M]
+        if self.config.mem_write == "attend":
+            C = self.content(h)
+            g_in, g_forget = self.gates(C, C)
+            for s in range(h.size(1)):
+                banks.append(self.update(banks[-1], C[:, s], g_in[:, s], g_forget[:, s]))
+        else:  # aligned: slot i belongs to position i, and what it read is what it writes
+            for s in range(h.size(1)):
+                C = self.read(h[:, s], banks[-1])
+                banks.append(self.update(banks[-1], C, *self.gates(h[:, s], C)))
+        return torch.stack(banks, dim=1)
+
+    def forward(self, h, pending, M):
+        """
+        h (B, L, D) normed inputs, pending (B, o, D) those of the unfinished segment before them, M (B, N, D) the bank
+        -> g_out * E_mem (B, L, D), the new pending, the new bank
+        """
+        T, o, L = self.config.block_size, pending.size(1), h.size(1)
+        seen = torch.cat((pending, h), dim=1) if o else h
+        whole = (o + L) // T
+        banks = self.write(seen[:, :whole * T].unflatten(1, (whole, T)), M) if whole else M[:, None]
+        if o + L <= T:  # all tokens in one segment
+            E = self.read(h, M)
+        else:           # put each token into its segment, read all segments at once
+            pad = -(o + L) % T
+            queries = F.pad(h, (0, 0, o, pad)) if o or pad else h
+            n = queries.size(1) // T
+            E = self.read(queries.unflatten(1, (n, T)), banks[:, :n]).flatten(1, 2)[:, o:o + L]
+        return self.output_gate(E) * E, seen[:, whole * T:], banks[:, -1]
+
+
+class MLP(nn.Module):
+    """SwiGLU, its hidden width rounded up to a multiple of 8."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = 8 * math.ceil(config.mlp_ratio * config.n_embd / 8)
+        self.w_up = linear(config.n_embd, 2 * hidden)  # gate and up projection
+        self.w_down = linear(hidden, config.n_embd)
+
+    def forward(self, x):
+        gate, up = self.w_up(x).chunk(2, dim=-1)
+        return self.w_down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x + E_attn + g_out * E_mem (Eq. 3), then the MLP."""
+
+    def __init__(self, config, has_memory):
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+        self.attention = Attention(config)
+        self.memory = MemoryBank(config) if has_memory else None
+        self.mlp = MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, state):
+        """x (B, L, D), state LayerState -> x (B, L, D), the state after these tokens."""
+        h = self.norm1(x)
+        y, k, v = self.attention(h, rope, state.k, state.v)
+        pending = M = None
+        if self.memory is not None:
+            E, pending, M = self.memory(h, state.h, state.M)
+            y = y + E
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.norm2(x))), LayerState(k, v, pending, M)
+
+
+class LM2(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, config.memory == "lm2" and l < config.mem_layers) for l in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd)
+        self.head = linear(config.n_embd, config.vocab_size)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self):
+        """
+        embedding                 normal, std 0.5
+        head                      zero: the first loss is log(vocab_size)
+        wo, w_down                zero: each block starts as the identity
+        other matrices            normal, std 1/sqrt(fan_in)
+        slots (queries)           normal, std 1
+        gains                     one
+        gate biases               zero (half open), the forget gate's +2 (sigmoid 0.88): memory lives long enough to be learned
+        """
+        for name, p in self.named_parameters():
+            kind = name.rsplit(".", 2)[-2]
+            if name.endswith("bias"):
+                p.fill_(2.0 if kind == "w_forget" else 0.0)
+            elif p.ndim == 1:
+                p.fill_(1.0)
+            elif kind in ("head", "wo", "w_down"):
+                p.zero_()
+            elif name.endswith("slots"):
+                p.normal_(std=1.0)
+            else:
+                p.normal_(std=0.5 if kind == "embedding" else p.size(1) ** -0.5)
+
+    def configure_optimizers(self, learning_rate, adam_lr, weight_decay, device_type):
+        """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
+        muon = [p for name, p in self.blocks.named_parameters() if p.ndim == 2 and not name.endswith("slots")]
+        chosen = set(map(id, muon))
+        adam = [p for p in self.parameters() if id(p) not in chosen]
+        return [torch.optim.Muon(muon, lr=learning_rate, weight_decay=weight_decay),
+                torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
+
+    def initial_state(self, batch, device):
+        """The State before the first token."""
+        c = self.config
+        layers = []
+        for block in self.blocks:
+            kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
+            h = M = None
+            if block.memory is not None:
+                h, M = torch.empty(batch, 0, c.n_embd, device=device), block.memory.initial(batch, device)
+            layers.append(LayerState(kv, kv, h, M))
+        return State(0, layers)
+
+    def features(self, idx, state=None):
+        """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""
+        state = state or self.initial_state(idx.size(0), idx.device)
+        x = self.dropout(self.embedding(idx))
+        rope = rope_angles(state.pos, idx.size(1), self.config.n_embd // self.config.n_head, self.config.rope_theta, idx.device)
+        layers = []
+        for block, layer in zip(self.blocks, state.layers):
+            x, layer = block(x, rope, layer)
+            layers.append(layer)
+        return self.norm(x), State(state.pos + idx.size(1), layers)
+
+    def forward(self, idx, targets=None, state=None):
+        """
+        idx (B, L) token ids, any L >= 1; targets (B, L), -1 where nothing is to be predicted; state from an earlier call
+        -> logits (B, L, vocab_size), loss (mean cross-entropy in nats per target, None without targets), state
+        """
+        x, state = self.features(idx, state)
+        logits = self.head(x)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss, state
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+        """
+        Continue idx (B, L), L >= 1, yielding the next token of each row (B,) one at a time. Costs O(T + N) a token and constant
+        memory with attention="window", whatever came before. temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p
+        the likeliest that together reach probability p.
+        """
+        chunk, state = 16 * self.config.block_size, None  # a long prompt is read piece by piece
+        for start in range(0, idx.size(1), chunk):
+            x, state = self.features(idx[:, start:start + chunk], state)
+        for _ in range(max_new_tokens):
+            token = sample(self.head(x[:, -1]).float(), temperature, top_k, top_p)
+            yield token
+            x, state = self.features(token[:, None], state)
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+        """idx (B, L), L >= 1 -> idx with its continuation (B, L + max_new_tokens). Arguments as in `stream`."""
+        return torch.cat((idx, *(t[:, None] for t in self.stream(idx, max_new_tokens, temperature, top_k, top_p))), dim=1)
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None):
+    """Draw a token from each row of logits (B, vocab_size) -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probs = logits.softmax(dim=-1)
+    if top_p:
+        sorted_probs, order = probs.sort(dim=-1, descending=True)
+        cut = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # the likelier ones reach p already
+        probs = probs.scatter(-1, order, sorted_probs.masked_fill(cut, 0.0))
+    return torch.multinomial(probs, num_samples=1).squeeze(-1)

@@ -1,0 +1,322 @@
+"""
+Train LM2 on text:
+
+    python train.py --dataset=shakespeare
+    python train.py --dataset=my/notes.txt --tokenizer=bpe --out_dir=out/notes
+    python train.py --config=config/shakespeare_gpu.toml --seed=1
+    torchrun --nproc_per_node=2 train.py --dataset=shakespeare
+
+A run writes ckpt.pt, best.pt, config.json, tokenizer.json, log.csv and loss.png into its folder, out/DATASET.
+"""
+import csv
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+from configurator import parse, user_errors
+from data.text import check_length, get_batch, prepare
+from data.tokenizer import atomic_open, prompt_ids, write_json
+from lm2 import LM2, LM2Config
+
+
+@dataclass
+class TrainConfig(LM2Config):
+    vocab_size: int = 1024         # tokens of the bpe tokenizer; char and gpt2 bring their own
+    # data
+    dataset: str = "shakespeare"   # shakespeare, a text file, or a folder of .txt files
+    tokenizer: str = "char"        # char, bpe or gpt2
+    out_dir: str = ""              # folder of the run, default out/DATASET
+    # optimization
+    n_segments: int = 4            # segments of block_size in a training sequence: how far gradients flow through the memory
+    batch_size: int = 6            # sequences in a batch, of each process
+    gradient_accumulation_steps: int = 1  # batches in an update, of each process
+    max_iters: int = 1000          # updates
+    learning_rate: float = 0.02    # of Muon, for the hidden matrices
+    adam_lr: float = 2e-3          # of AdamW, for everything else
+    warmup_iters: int = 100        # updates until the learning rates are at their peak
+    lr_decay_iters: int = 0        # updates until they are down at min_lr, 0: max_iters
+    min_lr: float = 0.0            # last learning rate of Muon; AdamW's falls by the same factor
+    weight_decay: float = 0.0      # of the hidden matrices
+    grad_clip: float = 1.0         # largest norm of the gradient, 0: any
+    seed: int = 1337               # of initialisation, batches and dropout
+    # evaluation
+    eval_interval: int = 250       # updates between evaluations, each followed by a checkpoint
+    eval_iters: int = 20           # batches in an evaluation
+    # machine
+    device: str = "auto"           # auto, cpu, cuda, cuda:N or mps
+    dtype: str = "auto"            # of the matmuls: auto (the faster), float32 or bfloat16; the memory stays float32
+    compile: bool = False          # torch.compile the model; on by itself with cuda
+    # a run that exists
+    resume: bool = False           # go on where the run in out_dir stopped, with its configuration
+    overwrite: bool = False        # replace the run in out_dir
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("n_segments", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_iters", "learning_rate", "adam_lr", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        self.out_dir = self.out_dir or str(Path("out") / Path(self.dataset).resolve().stem)
+
+
+RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype", "compile", "out_dir", "resume"}
+
+
+def resumed(config, given):
+    """The configuration of the run in out_dir, with what a resumed run may change. Raises ValueError on anything else."""
+    path = Path(config.out_dir) / "config.json"
+    if not path.exists():
+        raise ValueError(f"there is no run to resume in {config.out_dir}: name its folder with --out_dir")
+    saved = json.loads(path.read_text())["train"]
+    for key in given:
+        if key not in RESUMABLE and getattr(config, key) != saved[key]:
+            raise ValueError(f"{key}={getattr(config, key)} cannot change on --resume: this run has {saved[key]}")
+    return TrainConfig(**saved | {key: getattr(config, key) for key in given & RESUMABLE} | {"out_dir": config.out_dir})
+
+
+def lr_factor(step, config):
+    """What both learning rates are multiplied with: linear warm-up, then linear decay to min_lr."""
+    last = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    left = max(0.0, 1 - step / (config.lr_decay_iters or config.max_iters))
+    return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (last + (1 - last) * left)
+
+
+@torch.no_grad()
+def window_loss(model, data, config, context):
+    """Mean loss in nats over eval_iters batches of random windows, the same ones each time."""
+    length, device, total = config.n_segments * config.block_size, next(model.parameters()).device, 0.0
+    for i in range(config.eval_iters):
+        x, y = get_batch(data, length, config.batch_size, config.seed + 1, i)
+        with context:
+            total += model(x.to(device), y.to(device))[1].item()
+    return total / config.eval_iters
+
+
+@torch.no_grad()
+def stream_loss(model, data, max_tokens, chunk, context):
+    """Mean loss in nats over the first max_tokens of a split, read as one stream with the memory carried along."""
+    device, total, state = next(model.parameters()).device, 0.0, None
+    n = min(max_tokens, len(data) - 1)
+    for start in range(0, n, chunk):
+        piece = torch.from_numpy(data[start:min(start + chunk, n) + 1].astype("int64")).to(device)[None]
+        with context:
+            _, loss, state = model(piece[:, :-1], piece[:, 1:], state)
+        total += loss.item() * (piece.size(1) - 1)
+    return total / n
+
+
+LOG_COLUMNS = ("step", "loss", "learning_rate", "train_loss", "val_loss", "stream_loss")
+
+
+def evaluate(model, corpus, config, last, context):
+    """The three losses of a log row; of the stream, the last evaluation reads all, the others as many tokens as the windows have."""
+    length = config.n_segments * config.block_size
+    some = len(corpus.val) if last else config.eval_iters * config.batch_size * length
+    model.eval()
+    losses = {"train_loss": window_loss(model, corpus.train, config, context),
+              "val_loss": window_loss(model, corpus.val, config, context),
+              "stream_loss": stream_loss(model, corpus.val, some, 16 * config.block_size, context)}
+    model.train()
+    return losses
+
+
+def plot_losses(rows, path):
+    """loss.png: the loss of each batch and the three evaluated losses over the updates."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for column, style in (("loss", dict(lw=0.5, color="0.7", label="batch")), ("train_loss", dict(marker="o", label="train")),
+                          ("val_loss", dict(marker="o", label="validation, random windows")),
+                          ("stream_loss", dict(marker="o", label="validation, one stream"))):
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        if points:
+            axes.plot(*zip(*points), ms=3, **style)
+    axes.set(xlabel="updates", ylabel="loss, nats per token")
+    axes.legend()
+    with atomic_open(path) as f:
+        figure.savefig(f, dpi=120, format="png")
+    plt.close(figure)
+
+
+class Log:
+    """log.csv: a row per update, with the evaluated losses where there are any. Bit for bit the same when a run is repeated."""
+    COLUMNS = ("step", "loss", "learning_rate", "train_loss", "val_loss", "stream_loss")
+
+    def __init__(self, path, step):
+        """Keeps the rows of a resumed run before a step."""
+        self.rows = []
+        if step:
+            with open(path, newline="") as f:
+                self.rows = [row for row in csv.DictReader(f) if int(row["step"]) < step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "w", newline="", buffering=1)
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(self.rows)
+
+    def add(self, **row):
+        self.rows.append({key: repr(value) for key, value in row.items()})
+        self.writer.writerow(self.rows[-1])
+
+
+def setup():
+    """Everything that can go wrong before the first update, checked: -> configuration, corpus, device, rank, processes."""
+    config, given = parse(TrainConfig, __doc__)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    with user_errors():
+        if config.resume and config.overwrite:
+            raise ValueError("--resume and --overwrite exclude each other: choose one")
+        if config.resume:
+            config = resumed(config, given)
+        elif (Path(config.out_dir) / "ckpt.pt").exists() and not config.overwrite:
+            raise ValueError(f"there is a run in {config.out_dir}: --resume goes on with it, --overwrite replaces it, --out_dir goes elsewhere")
+        device = checkpoint.pick_device(config.device)
+        if world > 1:
+            if device.type == "cuda":
+                device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # rank 0 finds out and prepares, then the others take over what it found
+        dtype = [checkpoint.pick_dtype(config.dtype, device)]
+        corpus = prepare(config.dataset, config.tokenizer, config.vocab_size) if rank == 0 else None
+        if world > 1:
+            dist.broadcast_object_list(dtype, device=device)
+        corpus = corpus or prepare(config.dataset, config.tokenizer, config.vocab_size)
+        vocab_size = corpus.tokenizer.n_vocab
+        if "vocab_size" in given and config.vocab_size != vocab_size:
+            raise ValueError(f"vocab_size={config.vocab_size} does not fit tokenizer {config.tokenizer}, which has {vocab_size} "
+                             "tokens for this text: leave it out, or use --tokenizer=bpe")
+        check_length(corpus, config.n_segments * config.block_size)
+        compiled = config.compile if "compile" in given else device.type == "cuda"
+        config = replace(config, vocab_size=vocab_size, dtype=dtype[0], compile=compiled)
+    return config, corpus, device, rank, world
+
+
+def main():
+    config, corpus, device, rank, world = setup()
+    out_dir, length, master = Path(config.out_dir), config.n_segments * config.block_size, rank == 0
+    context = checkpoint.autocast(config.dtype, device)
+    torch.manual_seed(config.seed)
+    raw_model = LM2(LM2Config(**{f.name: getattr(config, f.name) for f in fields(LM2Config)})).to(device)
+    optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type)
+    peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    step, best = 0, math.inf
+    if config.resume:
+        with user_errors():
+            ckpt = checkpoint.read(out_dir / "ckpt.pt")
+            if ckpt["sha256"] != corpus.meta["sha256"]:
+                raise ValueError(f"the text of {config.dataset} is not the one this run was trained on: train a new run")
+            step, best = ckpt["step"], ckpt["best_val_loss"]
+            if step > config.max_iters:
+                raise ValueError(f"max_iters={config.max_iters} is behind this run, which has made {step} updates: give more")
+            raw_model.load_state_dict(ckpt["model"])
+            for optimizer, state in zip(optimizers, ckpt["optimizers"]):
+                optimizer.load_state_dict(state)
+    model = torch.compile(raw_model) if config.compile else raw_model
+    if world > 1:  # with one segment nothing reads what was written, so the write has no gradient
+        model = DistributedDataParallel(model, find_unused_parameters=config.memory == "lm2" and config.n_segments == 1)
+    if master:
+        print(f"{corpus.meta['source']} (sha256 {corpus.meta['sha256'][:12]}), {len(corpus.train):,} training and {len(corpus.val):,} "
+              f"validation tokens, {config.tokenizer} vocabulary of {config.vocab_size}")
+        print(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, memory={config.memory}, on {world} x {device} in {config.dtype}")
+
+    log = Log(out_dir / "log.csv", step) if master else None
+
+    def save():
+        write_json(out_dir / "config.json", {"train": asdict(config), "data": corpus.meta})
+        write_json(out_dir / "tokenizer.json", corpus.tokenizer.to_json())
+        checkpoint.save(out_dir / "ckpt.pt", raw_model, optimizers=[o.state_dict() for o in optimizers], step=step,
+                        best_val_loss=best, sha256=corpus.meta["sha256"])
+
+    def check_finite(*values):
+        if not all(map(math.isfinite, values)):
+            sys.exit(f"error: step {step}: the loss is not finite; {out_dir} keeps the last good checkpoint, lower --learning_rate or --adam_lr")
+
+    stop = []  # signals that asked to stop
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one is not asked to wait
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+
+    per_step = config.batch_size * length * config.gradient_accumulation_steps * world
+    bar = tqdm(total=config.max_iters * per_step, initial=step * per_step, unit="tok", unit_scale=True, disable=not master)
+    while True:
+        row = {"step": step}
+        if (step % config.eval_interval == 0 or step == config.max_iters) and master:
+            row |= evaluate(raw_model, corpus, config, step == config.max_iters, context)
+            check_finite(*row.values())
+            bar.write(f"step {step}: train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
+                      f"as one stream {row['stream_loss']:.4f}")
+            if row["val_loss"] < best:
+                best = row["val_loss"]
+                checkpoint.save(out_dir / "best.pt", raw_model, step=step, val_loss=best)
+            save()
+        if step == config.max_iters:
+            break
+
+        factor = lr_factor(step, config)
+        for optimizer, peak in zip(optimizers, peaks):
+            optimizer.param_groups[0]["lr"] = peak * factor
+        torch.manual_seed(config.seed + 1_000_003 * (step * world + rank))  # dropout, too, is a function of the step
+        status = torch.zeros(2, device=device)  # loss, and how many processes were asked to stop
+        for micro in range(config.gradient_accumulation_steps):
+            x, y = get_batch(corpus.train, length, config.batch_size, config.seed, step, micro * world + rank)
+            last = micro == config.gradient_accumulation_steps - 1
+            with nullcontext() if last or world == 1 else model.no_sync():
+                with context:
+                    loss = model(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
+                loss.backward()
+            status[0] += loss.detach() / world
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        status[1] = len(stop)
+        if world > 1:
+            dist.all_reduce(status)
+        loss = status[0].item()
+        check_finite(loss, norm.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if master:
+            log.add(**row, loss=loss, learning_rate=config.learning_rate * factor)
+        step += 1
+        bar.set_postfix_str(f"step {step}, loss {loss:.3f}", refresh=False)
+        bar.update(per_step)
+        if status[1]:
+            break
+    bar.close()
+
+    if master:
+        if step < config.max_iters:
+            save()
+            print(f"stopped at step {step}, saved in {out_dir}: go on with --resume --out_dir={out_dir}")
+        else:
+            log.add(**row)
+            plot_losses(log.rows, out_dir / "loss.png")
+            raw_model.load_state_dict(checkpoint.read(out_dir / "best.pt")["model"])
+            raw_model.eval()
+            prompt = torch.tensor([prompt_ids(corpus.tokenizer, "")], device=device)
+            print(f"\nThe best model (validation loss {best:.4f}) writes:")
+            print(corpus.tokenizer.decode(raw_model.generate(prompt, 500, temperature=0.8)[0].tolist()))
+            print(f"\ncheckpoint {out_dir}/ckpt.pt (last) and {out_dir}/best.pt, log {out_dir}/log.csv, loss curve {out_dir}/loss.png\n"
+                  f"more text: python sample.py --out_dir={out_dir}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
