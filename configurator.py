@@ -1,12 +1,4 @@
-"""
-Command line flags from a dataclass: `--key=value` for each field, its comment as the help line, TOML presets.
-
-    @dataclass
-    class Config:
-        seed: int = 1337  # of everything random
-
-    config, given = parse(Config, __doc__)   # given: the keys that the command line or the preset set
-"""
+"""Command line flags from a dataclass: `--key=value` for each field, its comment as the help line, TOML presets."""
 import argparse
 import inspect
 import re
@@ -15,6 +7,7 @@ import tomllib
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
+from pathlib import Path
 
 
 @contextmanager
@@ -25,6 +18,11 @@ def user_errors():
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # argparse would print its usage as well
+        raise ValueError(message)
 
 
 def convert(key, value, kind):
@@ -53,23 +51,21 @@ def parse(cls, description, argv=None):
     """argv (default: the command line) -> an instance of the dataclass, and the set of keys that were given."""
     known = {f.name: f for f in fields(cls)}
     texts = help_lines(cls)
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="TOML preset; flags beat it")
     for name, f in known.items():
         default = "" if f.default is MISSING else f" (default {f.default!r})"
         boolean = {"nargs": "?", "const": True} if f.type is bool else {}
         parser.add_argument(f"--{name}", metavar=f.type.__name__, default=MISSING, **boolean,
                             help=(texts.get(name, "") + default).replace("%", "%%"))
-
-    def fail(message):
-        raise ValueError(message)
-    parser.error = fail
     with user_errors():
         flags, unknown = parser.parse_known_args(argv)
         values = {}
         if flags.config:
-            with open(flags.config, "rb") as f:
-                values = tomllib.load(f)
+            try:
+                values = tomllib.loads(Path(flags.config).read_text())
+            except ValueError as e:
+                raise ValueError(f"{flags.config} is not a TOML file: {e}") from None
         unknown += [f"{key} in {flags.config}" for key in values if key not in known]
         if unknown:
             name = re.split(r"[= ]", unknown[0].lstrip("-"))[0]

@@ -89,18 +89,26 @@ def linear(n_in, n_out, bias=False):
     return nn.Linear(n_in, n_out, bias=bias)
 
 
+def wide(x):
+    """At least float32: what autocast made bfloat16 is too coarse for a bank that gates update thousands of times."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 def rope_angles(pos, length, head_dim, theta, device):
-    """cos and sin (length, 1, head_dim/2) of the rotary angles from position pos on, exact at any position: float64."""
+    """
+    cos and sin (length, 1, head_dim) of the rotary angles from position pos on, exact at any position: float64. Half-split as in
+    Hugging Face's Llama: x_i turns with x_{i + head_dim/2}; the sign of that turn is in sin.
+    """
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
     angles = torch.arange(pos, pos + length, dtype=torch.float64, device=where)[:, None, None] * freq
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions, half-split as in Hugging Face's Llama. x (B, L, heads, hs)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turn queries or keys x (B, L, heads, hs) by their rotary angles."""
+    return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def attend(q, k, v, mask=None):
@@ -189,13 +197,15 @@ class MemoryBank(nn.Module):
 
     def cross_attention(self, q, k, v, topk=0):
         """softmax(Q K^T / sqrt(d)) V in mem_heads heads. q (..., Lq, D), k and v (..., Lk, D) -> (..., Lq, D)"""
-        q, k, v = (x.unflatten(-1, (self.config.mem_heads, -1)).transpose(-3, -2) for x in (q, k, v))  # (..., heads, L, d)
+        lead = v.shape[:-2]
+        q, k, v = (x.reshape(-1, x.size(-2), self.config.mem_heads, x.size(-1) // self.config.mem_heads) for x in (q, k, v))
         if self.config.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]).to(v.dtype), F.rms_norm(k, k.shape[-1:]).to(v.dtype)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.size(-1))
+            q, k = (F.rms_norm(x, x.shape[-1:]).to(v.dtype) for x in (q, k))
+        mask = None
         if topk:
-            scores = scores.masked_fill(scores < scores.topk(topk).values[..., -1:], -torch.inf)
-        return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(-3, -2).flatten(-2)
+            scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+            mask = scores >= scores.topk(topk).values[..., -1:]  # (B, heads, Lq, Lk)
+        return attend(q.expand(len(v), -1, -1, -1), k, v, mask).unflatten(0, lead)
 
     def read(self, h, M):
         """E_mem: each token asks the slots (Eq. 1-2). h (..., L, D), M (..., N, D) -> (..., L, D)"""
@@ -212,11 +222,11 @@ class MemoryBank(nn.Module):
 
     def gates(self, x, C):
         """Input gate (Eq. 4) and forget gate (Eq. 5), (..., N, D), in float32."""
-        return self.w_in(x).float().sigmoid(), self.w_forget(C).float().sigmoid()
+        return wide(self.w_in(x)).sigmoid(), wide(self.w_forget(C)).sigmoid()
 
     def update(self, M, C, g_in, g_forget):
         """The bank after the segment (Eq. 6)."""
-        return g_in * C.float().tanh() + g_forget * M
+        return g_in * wide(C).tanh() + g_forget * M
 
     def write(self, h, M):
         """
@@ -260,12 +270,11 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         hidden = 8 * math.ceil(config.mlp_ratio * config.n_embd / 8)
-        self.w_up = linear(config.n_embd, 2 * hidden)  # gate and up projection
+        self.w_gate, self.w_up = linear(config.n_embd, hidden), linear(config.n_embd, hidden)
         self.w_down = linear(hidden, config.n_embd)
 
     def forward(self, x):
-        gate, up = self.w_up(x).chunk(2, dim=-1)
-        return self.w_down(F.silu(gate) * up)
+        return self.w_down(F.silu(self.w_gate(x)) * self.w_up(x))
 
 
 class Block(nn.Module):

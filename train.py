@@ -97,6 +97,9 @@ def lr_factor(step, config):
     return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (last + (1 - last) * left)
 
 
+STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
+
+
 @torch.no_grad()
 def window_loss(model, data, config, context):
     """Mean loss in nats over eval_iters batches of random windows, the same ones each time."""
@@ -109,10 +112,10 @@ def window_loss(model, data, config, context):
 
 
 @torch.no_grad()
-def stream_loss(model, data, max_tokens, chunk, context):
-    """Mean loss in nats over the first max_tokens of a split, read as one stream with the memory carried along."""
+def stream_loss(model, data, context):
+    """Mean loss in nats over a split (its first STREAM_TOKENS), read as one stream with the memory carried along."""
     device, total, state = next(model.parameters()).device, 0.0, None
-    n = min(max_tokens, len(data) - 1)
+    n, chunk = min(STREAM_TOKENS, len(data) - 1), 16 * model.config.block_size
     for start in range(0, n, chunk):
         piece = torch.from_numpy(data[start:min(start + chunk, n) + 1].astype("int64")).to(device)[None]
         with context:
@@ -124,14 +127,12 @@ def stream_loss(model, data, max_tokens, chunk, context):
 LOG_COLUMNS = ("step", "loss", "learning_rate", "train_loss", "val_loss", "stream_loss")
 
 
-def evaluate(model, corpus, config, last, context):
-    """The three losses of a log row; of the stream, the last evaluation reads all, the others as many tokens as the windows have."""
-    length = config.n_segments * config.block_size
-    some = len(corpus.val) if last else config.eval_iters * config.batch_size * length
+def evaluate(model, corpus, config, context):
+    """The three losses of a log row."""
     model.eval()
     losses = {"train_loss": window_loss(model, corpus.train, config, context),
               "val_loss": window_loss(model, corpus.val, config, context),
-              "stream_loss": stream_loss(model, corpus.val, some, 16 * config.block_size, context)}
+              "stream_loss": stream_loss(model, corpus.val, context)}
     model.train()
     return losses
 
@@ -258,7 +259,7 @@ def main():
     while True:
         row = {"step": step}
         if (step % config.eval_interval == 0 or step == config.max_iters) and master:
-            row |= evaluate(raw_model, corpus, config, step == config.max_iters, context)
+            row |= evaluate(raw_model, corpus, config, context)
             check_finite(*row.values())
             bar.write(f"step {step}: train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
                       f"as one stream {row['stream_loss']:.4f}")

@@ -44,7 +44,7 @@ def download(url, path):
     """Fetch a URL into a file with a progress bar. Raises OSError."""
     with urllib.request.urlopen(url, timeout=TIMEOUT) as response, atomic_open(path) as f:
         size = int(response.headers.get("Content-Length", 0)) or None
-        with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
+        with tqdm(total=size, unit="B", unit_scale=True, delay=1, desc="downloading") as bar:
             while piece := response.read(1 << 16):
                 f.write(piece)
                 bar.update(len(piece))
@@ -134,7 +134,7 @@ def read_text(dataset):
 def encode_to_file(tokenizer, text, path, dtype):
     """Token ids of a text into a binary file, about a megabyte at a time -> number of ids."""
     count, lines, size = 0, [], 0
-    with atomic_open(path) as f, tqdm(total=len(text), unit="char", unit_scale=True, desc=f"tokenizing {path.stem}") as bar:
+    with atomic_open(path) as f, tqdm(total=len(text), unit="char", unit_scale=True, delay=1, desc=f"tokenizing {path.stem}") as bar:
         for i, line in enumerate(all_lines := text.splitlines(keepends=True), 1):
             lines.append(line)
             size += len(line)

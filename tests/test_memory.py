@@ -1,0 +1,169 @@
+"""The memory bank against a NumPy reference that is written from the paper's equations, one segment after the other."""
+import numpy as np
+import pytest
+import torch
+
+from lm2 import LM2, LM2Config, MemoryBank
+
+T, N, D, HEADS, SEGMENTS, BATCH = 6, 4, 16, 2, 3, 2
+CASES = [dict(), dict(mem_topk=2), dict(qk_norm=False), dict(mem_write="aligned", mem_slots=T), dict(mem_write="aligned", mem_slots=T, mem_topk=3)]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rms_norm(x):
+    return x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True) + np.finfo(x.dtype).eps)
+
+
+def cross_attention(q, k, v, config, topk=0):
+    """softmax(Q K^T / sqrt(d)) V, head by head. q (Lq, D), k and v (Lk, D) -> (Lq, D)"""
+    d, heads = D // HEADS, []
+    for i in range(HEADS):
+        columns = slice(i * d, (i + 1) * d)
+        q_i, k_i = q[:, columns], k[:, columns]
+        if config.qk_norm:
+            q_i, k_i = rms_norm(q_i), rms_norm(k_i)
+        scores = q_i @ k_i.T / np.sqrt(d)
+        if topk:
+            scores[scores < np.sort(scores, axis=1)[:, -topk][:, None]] = -np.inf
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        heads.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, columns])
+    return np.concatenate(heads, axis=1)
+
+
+def reference(bank, h, M):
+    """One row of a batch: h (S, T, D), M (N, D) -> g_out * E_mem (S, T, D), the bank at the end (N, D)."""
+    config, p = bank.config, {name: value.detach().numpy() for name, value in bank.named_parameters()}
+    outputs = []
+    for x in h:
+        slots = rms_norm(M) * p["norm.weight"]
+        Q, K, V = x @ p["w_q.weight"].T, slots @ p["w_k.weight"].T, slots @ p["w_v.weight"].T      # Eq. 1
+        E = cross_attention(Q, K, V, config, config.mem_topk)                                      # Eq. 2
+        g_out = sigmoid(E @ p["w_out.weight"].T + p["w_out.bias"])                                 # Eq. 3
+        outputs.append(g_out * E)
+        if config.mem_write == "attend":
+            C = cross_attention(p["slots"], x @ p["w_write_k.weight"].T, x @ p["w_write_v.weight"].T, config)
+            into = C
+        else:
+            C, into = E, x
+        g_in = sigmoid(into @ p["w_in.weight"].T + p["w_in.bias"])                                 # Eq. 4
+        g_forget = sigmoid(C @ p["w_forget.weight"].T + p["w_forget.bias"])                        # Eq. 5
+        M = g_in * np.tanh(C) + g_forget * M                                                       # Eq. 6
+    return np.stack(outputs), M
+
+
+def make_bank(**kwargs):
+    """A bank with every parameter drawn at random, and inputs for it, all in float64."""
+    torch.manual_seed(0)
+    config = LM2Config(vocab_size=11, n_embd=D, block_size=T, n_head=HEADS, **dict(mem_slots=N) | kwargs)
+    bank = MemoryBank(config).double()
+    for p in bank.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return bank, torch.randn(BATCH, SEGMENTS * T, D).double(), torch.randn(BATCH, config.mem_slots, D).double()
+
+
+def run(bank, h, M):
+    out, pending, after = bank(h, h[:, :0], M)
+    return out, after
+
+
+@pytest.mark.parametrize("kwargs", CASES, ids=str)
+def test_values_agree_with_numpy(kwargs):
+    bank, h, M = make_bank(**kwargs)
+    out, after = run(bank, h, M)
+    for b in range(BATCH):
+        expected, expected_after = reference(bank, h[b].view(SEGMENTS, T, D).numpy(), M[b].numpy())
+        np.testing.assert_allclose(out[b].view(SEGMENTS, T, D).detach(), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(after[b].detach(), expected_after, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kwargs", CASES, ids=str)
+def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
+    bank, h, M = make_bank(**kwargs)
+    h, M = h[:1], M[:1]
+    h.requires_grad_(), M.requires_grad_()
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=h.shape[1:]), generator.normal(size=M.shape[1:])  # a random direction to look along
+
+    def scalar():
+        out, after = reference(bank, h[0].detach().view(SEGMENTS, T, D).numpy(), M[0].detach().numpy())
+        return np.sum(out.reshape(-1, D) * a) + np.sum(after * b)
+
+    out, after = run(bank, h, M)
+    ((out[0] * torch.from_numpy(a)).sum() + (after[0] * torch.from_numpy(b)).sum()).backward()
+    for name, x in dict(bank.named_parameters(), h=h, M=M).items():
+        flat = x.detach().view(-1)
+        for i in generator.choice(len(flat), size=min(5, len(flat)), replace=False):
+            was, eps = flat[i].item(), 1e-6
+            flat[i] = was + eps
+            up = scalar()
+            flat[i] = was - eps
+            down = scalar()
+            flat[i] = was
+            assert x.grad.view(-1)[i].item() == pytest.approx((up - down) / (2 * eps), rel=1e-4, abs=1e-7), name
+
+
+def test_bank_starts_as_identity():
+    bank, _, _ = make_bank()
+    for M in bank.initial(BATCH, torch.device("cpu")):
+        np.testing.assert_array_equal(M, np.eye(N, D))
+
+
+def gates_at(bank, g_in=None, g_forget=None):
+    """Fix gates by their biases: 1 is open, 0 is closed."""
+    for layer, value in ((bank.w_in, g_in), (bank.w_forget, g_forget)):
+        if value is not None:
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.constant_(layer.bias, 1e4 if value else -1e4)
+
+
+@pytest.mark.parametrize("kwargs", CASES, ids=str)
+def test_closed_input_gate_and_open_forget_gate_keep_the_bank(kwargs):
+    bank, h, M = make_bank(**kwargs)
+    gates_at(bank, g_in=0, g_forget=1)
+    assert torch.equal(run(bank, h, M)[1], M)
+
+
+@pytest.mark.parametrize("kwargs", CASES, ids=str)
+def test_closed_forget_gate_erases_the_bank(kwargs):
+    bank, h, M = make_bank(**kwargs)
+    gates_at(bank, g_in=0, g_forget=0)
+    assert not run(bank, h, M)[1].any()
+
+
+@pytest.mark.parametrize("kwargs", CASES[:1] + CASES[3:4], ids=str)
+def test_gates_lie_between_0_and_1(kwargs):
+    bank, h, M = make_bank(**kwargs)
+    E = bank.read(h[:, :T], M)
+    C = bank.content(h[:, :T]) if bank.config.mem_write == "attend" else E
+    for gate in (bank.output_gate(E), *bank.gates(C, C)):
+        assert (gate > 0).all() and (gate < 1).all()
+
+
+def test_forget_gate_starts_at_bias_2_and_the_others_at_0():
+    bank = LM2(LM2Config(vocab_size=11)).blocks[0].memory
+    assert (bank.w_forget.bias == 2).all() and not bank.w_in.bias.any() and not bank.w_out.bias.any()
+
+
+def test_bank_stays_float32_under_autocast():
+    model = LM2(LM2Config(vocab_size=11, n_layer=1, block_size=T))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, _, state = model(torch.randint(11, (1, 2 * T)))
+    assert state.layers[0].M.dtype == torch.float32
+
+
+@pytest.mark.parametrize("write", ["attend", "aligned"])
+def test_closed_output_gate_gives_the_decoder_without_memory(write):
+    torch.manual_seed(0)
+    kwargs = dict(vocab_size=11, n_layer=2, n_embd=D, n_head=HEADS, block_size=T, mem_slots=T)
+    model, vanilla = LM2(LM2Config(mem_write=write, **kwargs)), LM2(LM2Config(memory="none", **kwargs))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    for block in model.blocks:
+        torch.nn.init.zeros_(block.memory.w_out.weight)
+        torch.nn.init.constant_(block.memory.w_out.bias, -1e4)
+    vanilla.load_state_dict({k: v for k, v in model.state_dict().items() if "memory" not in k})
+    idx = torch.randint(11, (2, 3 * T + 2))
+    assert torch.equal(model(idx)[0], vanilla(idx)[0])
