@@ -45,9 +45,9 @@ class LM2Config:
         self.mem_heads = self.mem_heads or self.n_head
         if self.mem_layers < 0:
             self.mem_layers = self.n_layer
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mem_slots", "mem_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "mem_slots", "mem_heads"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "none")), ("mem_write", ("attend", "aligned"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is not known: use {' or '.join(known)}")
@@ -58,18 +58,13 @@ class LM2Config:
             raise ValueError(f"n_embd/n_head={self.n_embd // self.n_head} must be even for rotary positions")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio={self.mlp_ratio} must be above 0")
         if self.memory == "none":
             return
-        if self.mem_slots > self.n_embd:
-            raise ValueError(f"mem_slots={self.mem_slots} must be at most n_embd={self.n_embd}: a bank starts as the identity")
         if self.mem_write == "aligned" and self.mem_slots != self.block_size:
             raise ValueError(f"mem_write=aligned needs mem_slots={self.mem_slots} to equal block_size={self.block_size}")
-        if self.mem_layers > self.n_layer:
-            raise ValueError(f"mem_layers={self.mem_layers} must be at most n_layer={self.n_layer}")
-        if not 0 <= self.mem_topk <= self.mem_slots:
-            raise ValueError(f"mem_topk={self.mem_topk} must be between 0 and mem_slots={self.mem_slots}")
+        for name, total in (("mem_slots", "n_embd"), ("mem_layers", "n_layer"), ("mem_topk", "mem_slots")):
+            if not 0 <= getattr(self, name) <= getattr(self, total):
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {total}={getattr(self, total)}")
 
 
 class LayerState(NamedTuple):
@@ -111,9 +106,9 @@ def rotate(x, cos, sin):
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
-def attend(q, k, v, mask=None):
+def attend(q, k, v, mask=None, causal=False):
     """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs), k and v (B, Lk, nkv, hs) -> (B, Lq, nh * hs)."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask,
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
                                        enable_gqa=q.size(2) != k.size(2))
     return y.transpose(1, 2).flatten(2)
 
@@ -164,13 +159,15 @@ class Attention(nn.Module):
         if c.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))
         q, k = rotate(qk, *rope).to(v.dtype).split((c.n_head, c.n_kv_head), dim=2)
-        if k_past.size(1):
+        past = k_past.size(1)
+        if past:
             k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
         if c.attention == "window":
-            y, keep = window_attention(q, k, v, c.block_size), c.block_size - 1
+            y, start = window_attention(q, k, v, c.block_size), max(0, k.size(1) - c.block_size + 1)
+        elif past:
+            y, start = attend(q, k, v, causal_mask(q.size(1), k.size(1), k.size(1), q.device)), 0
         else:
-            y, keep = attend(q, k, v, causal_mask(q.size(1), k.size(1), k.size(1), q.device)), k.size(1)
-        start = max(0, k.size(1) - keep)
+            y, start = attend(q, k, v, causal=True), 0
         return self.wo(y), k[:, start:], v[:, start:]
 
 

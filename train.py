@@ -97,15 +97,16 @@ def lr_factor(step, config):
     return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (last + (1 - last) * left)
 
 
+EVAL_SEED = 1 << 30      # evaluations draw the same windows in all runs
 STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
 
 
 @torch.no_grad()
 def window_loss(model, data, config, context):
-    """Mean loss in nats over eval_iters batches of random windows, the same ones each time."""
+    """Mean loss in nats over eval_iters batches of random windows."""
     length, device, total = config.n_segments * config.block_size, next(model.parameters()).device, 0.0
     for i in range(config.eval_iters):
-        x, y = get_batch(data, length, config.batch_size, config.seed + 1, i)
+        x, y = get_batch(data, length, config.batch_size, EVAL_SEED, i)
         with context:
             total += model(x.to(device), y.to(device))[1].item()
     return total / config.eval_iters
@@ -122,9 +123,6 @@ def stream_loss(model, data, context):
             _, loss, state = model(piece[:, :-1], piece[:, 1:], state)
         total += loss.item() * (piece.size(1) - 1)
     return total / n
-
-
-LOG_COLUMNS = ("step", "loss", "learning_rate", "train_loss", "val_loss", "stream_loss")
 
 
 def evaluate(model, corpus, config, context):
@@ -230,15 +228,16 @@ def main():
     model = torch.compile(raw_model) if config.compile else raw_model
     if world > 1:  # with one segment nothing reads what was written, so the write has no gradient
         model = DistributedDataParallel(model, find_unused_parameters=config.memory == "lm2" and config.n_segments == 1)
+    parameters = sum(p.numel() for p in raw_model.parameters())
     if master:
         print(f"{corpus.meta['source']} (sha256 {corpus.meta['sha256'][:12]}), {len(corpus.train):,} training and {len(corpus.val):,} "
               f"validation tokens, {config.tokenizer} vocabulary of {config.vocab_size}")
-        print(f"{sum(p.numel() for p in raw_model.parameters()):,} parameters, memory={config.memory}, on {world} x {device} in {config.dtype}")
+        print(f"{parameters:,} parameters, memory={config.memory}, on {world} x {device} in {config.dtype}")
 
     log = Log(out_dir / "log.csv", step) if master else None
 
     def save():
-        write_json(out_dir / "config.json", {"train": asdict(config), "data": corpus.meta})
+        write_json(out_dir / "config.json", {"train": asdict(config), "data": corpus.meta, "parameters": parameters})
         write_json(out_dir / "tokenizer.json", corpus.tokenizer.to_json())
         checkpoint.save(out_dir / "ckpt.pt", raw_model, optimizers=[o.state_dict() for o in optimizers], step=step,
                         best_val_loss=best, sha256=corpus.meta["sha256"])
@@ -297,7 +296,7 @@ def main():
         step += 1
         bar.set_postfix_str(f"step {step}, loss {loss:.3f}", refresh=False)
         bar.update(per_step)
-        if status[1]:
+        if status[1] and step < config.max_iters:
             break
     bar.close()
 

@@ -13,6 +13,7 @@ import tempfile
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,8 @@ def fetch_shakespeare(path):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 text = source(Path(folder))
-            except (OSError, ValueError, zipfile.BadZipFile, subprocess.SubprocessError) as e:
-                print(f"{source.__name__.replace('_', ' ')}: not to be had ({type(e).__name__})", flush=True)
+            except (OSError, ValueError, HTTPException, zipfile.BadZipFile, subprocess.SubprocessError) as e:
+                print(f"no Shakespeare {source.__name__.replace('_', ' ')}: {str(e)[:120] or type(e).__name__}", flush=True)
                 continue
         with atomic_open(path, "w", encoding="utf-8", newline="\n") as f:
             f.write(text)
