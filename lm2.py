@@ -5,13 +5,14 @@ Notable features:
 - a Llama-style decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases, untied head
 - every block owns a memory bank: N slots that tokens read by cross-attention and that gates update once a segment
 - layer-parallel: a block sees all segments of a sequence at once, only the N slots recur from segment to segment
-- attention slides over the last `block_size` tokens, so what lies further back must come through the memory
+- attention slides over the last `block_size` tokens: what lies further back must come through the memory
 - a streaming state: any number of tokens at a time, in constant memory, with the same logits as all at once
 
 Shapes: B batch, L tokens of one call, T = block_size, S segments, N = mem_slots, D = n_embd, nh heads, hs = D / nh.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,8 @@ class LayerState(NamedTuple):
     """What a block remembers. With attention="window" its size does not depend on the number of tokens seen."""
     k: torch.Tensor         # (B, P, n_kv_head, hs) keys of the last P = min(pos, T - 1) tokens, of all with attention="full"
     v: torch.Tensor         # (B, P, n_kv_head, hs) their values
-    h: torch.Tensor | None  # (B, pos % T, D) normed inputs of the unfinished segment, to be written when it ends
-    M: torch.Tensor | None  # (B, N, D) the bank after the last whole segment, float32
+    h: torch.Tensor         # (B, pos % T, D) normed inputs of the unfinished segment, to be written when it ends
+    M: torch.Tensor | None  # (B, N, D) the bank after the last whole segment, float32; None without memory
 
 
 class State(NamedTuple):
@@ -80,20 +81,16 @@ class State(NamedTuple):
     layers: list[LayerState]  # one per block
 
 
-def linear(n_in, n_out, bias=False):
-    return nn.Linear(n_in, n_out, bias=bias)
+linear = partial(nn.Linear, bias=False)
 
 
 def wide(x):
-    """At least float32: what autocast made bfloat16 is too coarse for a bank that gates update thousands of times."""
+    """Out of bfloat16, which is too coarse for a bank that gates update thousands of times, and for a loss."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def rope_angles(pos, length, head_dim, theta, device):
-    """
-    cos and sin (length, 1, head_dim) of the rotary angles from position pos on, exact at any position: float64. Half-split as in
-    Hugging Face's Llama: x_i turns with x_{i + head_dim/2}; the sign of that turn is in sin.
-    """
+    """cos and signed sin (length, 1, head_dim) of the rotary angles from position pos on, in float64: exact at any position."""
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
     angles = torch.arange(pos, pos + length, dtype=torch.float64, device=where)[:, None, None] * freq
@@ -102,7 +99,7 @@ def rope_angles(pos, length, head_dim, theta, device):
 
 
 def rotate(x, cos, sin):
-    """Turn queries or keys x (B, L, heads, hs) by their rotary angles."""
+    """Turn x (B, L, heads, hs) by its rotary angles, x_i with x_{i + hs/2} as in Hugging Face's Llama."""
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -128,11 +125,11 @@ def window_attention(q, k, v, window):
     past, first = k.size(1) - q.size(1), min(window, q.size(1))
     mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
     y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
-    if q.size(1) == first:
+    rest = q.size(1) - first
+    if not rest:
         return y
     # every further block of queries sees its own keys and those of the block before
-    rest = q.size(1) - first
-    n, pad = -(-rest // window), -rest % window
+    n, pad = math.ceil(rest / window), -rest % window
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x for x in (q[:, first:], k[:, past:], v[:, past:]))
     q = q.reshape(-1, window, *q.shape[2:])                                          # (B*n, T, nh, hs)
     k, v = (x.unflatten(1, (n + 1, window)) for x in (k, v))
@@ -159,15 +156,13 @@ class Attention(nn.Module):
         if c.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))
         q, k = rotate(qk, *rope).to(v.dtype).split((c.n_head, c.n_kv_head), dim=2)
-        past = k_past.size(1)
-        if past:
+        if past := k_past.size(1):
             k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
         if c.attention == "window":
             y, start = window_attention(q, k, v, c.block_size), max(0, k.size(1) - c.block_size + 1)
-        elif past:
-            y, start = attend(q, k, v, causal_mask(q.size(1), k.size(1), k.size(1), q.device)), 0
         else:
-            y, start = attend(q, k, v, causal=True), 0
+            mask = causal_mask(q.size(1), k.size(1), k.size(1), q.device) if past else None
+            y, start = attend(q, k, v, mask, causal=not past), 0
         return self.wo(y), k[:, start:], v[:, start:]
 
 
@@ -194,8 +189,8 @@ class MemoryBank(nn.Module):
 
     def cross_attention(self, q, k, v, topk=0):
         """softmax(Q K^T / sqrt(d)) V in mem_heads heads. q (..., Lq, D), k and v (..., Lk, D) -> (..., Lq, D)"""
-        lead = v.shape[:-2]
-        q, k, v = (x.reshape(-1, x.size(-2), self.config.mem_heads, x.size(-1) // self.config.mem_heads) for x in (q, k, v))
+        lead, heads = v.shape[:-2], self.config.mem_heads
+        q, k, v = (x.reshape(-1, x.size(-2), heads, x.size(-1) // heads) for x in (q, k, v))
         if self.config.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:]).to(v.dtype) for x in (q, k))
         mask = None
@@ -254,10 +249,9 @@ class MemoryBank(nn.Module):
         if o + L <= T:  # all tokens in one segment
             E = self.read(h, M)
         else:           # put each token into its segment, read all segments at once
-            pad = -(o + L) % T
-            queries = F.pad(h, (0, 0, o, pad)) if o or pad else h
-            n = queries.size(1) // T
-            E = self.read(queries.unflatten(1, (n, T)), banks[:, :n]).flatten(1, 2)[:, o:o + L]
+            n, pad = math.ceil((o + L) / T), -(o + L) % T
+            queries = (F.pad(h, (0, 0, o, pad)) if o or pad else h).unflatten(1, (n, T))
+            E = self.read(queries, banks[:, :n]).flatten(1, 2)[:, o:o + L]
         return self.output_gate(E) * E, seen[:, whole * T:], banks[:, -1]
 
 
@@ -289,16 +283,15 @@ class Block(nn.Module):
         """x (B, L, D), state LayerState -> x (B, L, D), the state after these tokens."""
         h = self.norm1(x)
         y, k, v = self.attention(h, rope, state.k, state.v)
-        pending = M = None
-        if self.memory is not None:
-            E, pending, M = self.memory(h, state.h, state.M)
+        pending, M = state.h, state.M
+        if self.memory:
+            E, pending, M = self.memory(h, pending, M)
             y = y + E
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(self.norm2(x))), LayerState(k, v, pending, M)
 
 
 class LM2(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -312,46 +305,43 @@ class LM2(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        embedding                 normal, std 0.5
-        head                      zero: the first loss is log(vocab_size)
-        wo, w_down                zero: each block starts as the identity
-        other matrices            normal, std 1/sqrt(fan_in)
-        slots (queries)           normal, std 1
-        gains                     one
-        gate biases               zero (half open), the forget gate's +2 (sigmoid 0.88): memory lives long enough to be learned
+        embedding              normal, std 0.5
+        head                   zero: the first loss is log(vocab_size)
+        wo, w_down, w_v        zero: attention, MLP and memory add nothing at first
+        gates (w_in, ...)      zero, so that they start at their biases
+        gate biases            input 0 (half open); forget +2 (0.88): memory lives long enough to be learned; output -4 (0.02): the
+                               model starts as the decoder without memory and opens the gate where memory helps
+        slots (queries)        normal, std 1
+        other matrices         normal, std 1/sqrt(fan_in)
+        gains                  one
         """
+        biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": -4.0}
         for name, p in self.named_parameters():
-            kind = name.rsplit(".", 2)[-2]
-            if name.endswith("bias"):
-                p.fill_(2.0 if kind == "w_forget" else 0.0)
+            *_, kind, last = name.split(".")
+            if last == "bias":
+                p.fill_(biases[kind])
+            elif kind in ("head", "wo", "w_down", "w_v", *biases):
+                p.zero_()
+            elif last == "slots":
+                p.normal_(std=1.0)
             elif p.ndim == 1:
                 p.fill_(1.0)
-            elif kind in ("head", "wo", "w_down"):
-                p.zero_()
-            elif name.endswith("slots"):
-                p.normal_(std=1.0)
             else:
                 p.normal_(std=0.5 if kind == "embedding" else p.size(1) ** -0.5)
 
     def configure_optimizers(self, learning_rate, adam_lr, weight_decay, device_type):
         """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
-        muon = [p for name, p in self.blocks.named_parameters() if p.ndim == 2 and not name.endswith("slots")]
-        chosen = set(map(id, muon))
-        adam = [p for p in self.parameters() if id(p) not in chosen]
-        return [torch.optim.Muon(muon, lr=learning_rate, weight_decay=weight_decay),
+        muon = {name: p for name, p in self.named_parameters() if p.ndim == 2 and name.startswith("blocks") and "slots" not in name}
+        adam = [p for name, p in self.named_parameters() if name not in muon]
+        return [torch.optim.Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay),
                 torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
 
     def initial_state(self, batch, device):
         """The State before the first token."""
         c = self.config
-        layers = []
-        for block in self.blocks:
-            kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
-            h = M = None
-            if block.memory is not None:
-                h, M = torch.empty(batch, 0, c.n_embd, device=device), block.memory.initial(batch, device)
-            layers.append(LayerState(kv, kv, h, M))
-        return State(0, layers)
+        kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
+        h = torch.empty(batch, 0, c.n_embd, device=device)
+        return State(0, [LayerState(kv, kv, h, b.memory.initial(batch, device) if b.memory else None) for b in self.blocks])
 
     def features(self, idx, state=None):
         """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""
@@ -371,10 +361,9 @@ class LM2(nn.Module):
         """
         x, state = self.features(idx, state)
         logits = self.head(x)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss, state
+        if targets is None:
+            return logits, None, state
+        return logits, F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-1), state
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
@@ -402,8 +391,7 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None):
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
     probs = logits.softmax(dim=-1)
     if top_p:
         sorted_probs, order = probs.sort(dim=-1, descending=True)

@@ -142,9 +142,11 @@ def test_gates_lie_between_0_and_1(kwargs):
         assert (gate > 0).all() and (gate < 1).all()
 
 
-def test_forget_gate_starts_at_bias_2_and_the_others_at_0():
+def test_gates_start_half_open_for_input_open_for_what_is_stored_and_nearly_closed_for_output():
     bank = LM2(LM2Config(vocab_size=11)).blocks[0].memory
-    assert (bank.w_forget.bias == 2).all() and not bank.w_in.bias.any() and not bank.w_out.bias.any()
+    C = torch.randn(1, 16, 128)
+    for gate, bias in zip((*bank.gates(C, C), bank.output_gate(C)), (0.0, 2.0, -4.0)):
+        torch.testing.assert_close(gate, torch.full_like(gate, bias).sigmoid())
 
 
 def test_bank_stays_float32_under_autocast():
