@@ -1,6 +1,7 @@
 """Training from the command line: what a run leaves, that it goes on where it stopped, and that bad input costs nothing."""
 import csv
 import json
+import re
 import signal
 import time
 
@@ -94,9 +95,9 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(checkout, call, run):
-    code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/nan", *SMALL, "--max_iters=20", "--eval_interval=5",
+    code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/nan", *SMALL, "--max_iters=20", "--eval_interval=20",
                           "--adam_lr=1e30", "--grad_clip=0")
-    assert "not finite" in str(code) and "--learning_rate" in code
+    assert re.search(r"step [1-3]: the loss is not finite; out/nan keeps .* lower --learning_rate", code)
     code, out, err = call("sample.py", "--out_dir=out/nan", "--max_new_tokens=5", "--device=cpu")
     assert code == 0, err
 
