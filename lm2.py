@@ -65,7 +65,7 @@ class LM2Config:
             raise ValueError(f"mem_write=aligned needs mem_slots={self.mem_slots} to equal block_size={self.block_size}")
         for name, total in (("mem_slots", "n_embd"), ("mem_layers", "n_layer"), ("mem_topk", "mem_slots")):
             if not 0 <= getattr(self, name) <= getattr(self, total):
-                raise ValueError(f"{name}={getattr(self, name)} must be at most {total}={getattr(self, total)}")
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and {total}={getattr(self, total)}")
 
 
 class LayerState(NamedTuple):

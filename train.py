@@ -44,13 +44,13 @@ class TrainConfig(LM2Config):
     n_segments: int = 4            # segments of block_size in a training sequence: how far gradients flow through the memory
     batch_size: int = 12           # sequences in a batch, of each process
     gradient_accumulation_steps: int = 1  # batches in an update, of each process
-    max_iters: int = 1000          # updates
+    max_iters: int = 750           # updates
     learning_rate: float = 0.03    # of Muon, for the hidden matrices
     adam_lr: float = 5e-3          # of AdamW, for everything else
     warmup_iters: int = 20         # updates until the learning rates are at their peak
     lr_decay_iters: int = 0        # updates until they are down at min_lr, 0: max_iters
     min_lr: float = 0.0            # last learning rate of Muon; AdamW's falls by the same factor
-    weight_decay: float = 0.0      # of the hidden matrices
+    weight_decay: float = 0.1      # of the hidden matrices
     grad_clip: float = 1.0         # largest norm of the gradient, 0: any
     seed: int = 1337               # of initialisation, batches and dropout
     # evaluation

@@ -1,4 +1,5 @@
 """Sampling from a checkpoint, and what happens to one that is damaged."""
+import os
 import shutil
 
 import pytest
@@ -80,10 +81,11 @@ def test_truncated_checkpoint_is_not_resumed(checkout, call):
 def test_checkpoint_with_code_inside_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
-            return print, ("code ran",)
+            return os.mkdir, (str(tmp_path / "code ran"),)
     torch.save({"model": Evil()}, tmp_path / "best.pt")
     with pytest.raises(ValueError, match="damaged"):
-        checkpoint.load(tmp_path, "cpu")
+        checkpoint.read(tmp_path / "best.pt")
+    assert not (tmp_path / "code ran").exists()
 
 
 def test_loaded_model_is_the_saved_one(checkout):
