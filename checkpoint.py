@@ -41,13 +41,13 @@ def load(out_dir, device="auto"):
     try:
         config = json.loads((out_dir / "config.json").read_text())
         tokenizer = from_json(json.loads((out_dir / "tokenizer.json").read_text()))
-    except (OSError, KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"config.json or tokenizer.json in {out_dir} is missing or damaged ({e}): copy the whole folder") from None
-    model = LM2(LM2Config(**ckpt["model_config"]))
+        model = LM2(LM2Config(**ckpt["model_config"]))
+        model.load_state_dict(ckpt["model"])
+    except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
+        raise ValueError(f"the run in {out_dir} is incomplete or damaged ({str(e).splitlines()[0]}): copy the whole folder again") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"tokenizer.json in {out_dir} has {tokenizer.n_vocab} tokens, the checkpoint {model.config.vocab_size}: "
                          "they are from different runs")
-    model.load_state_dict(ckpt["model"])
     return model.to(device).eval(), tokenizer, config
 
 

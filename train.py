@@ -83,7 +83,10 @@ def resumed(config, given):
     path = Path(config.out_dir) / "config.json"
     if not path.exists():
         raise ValueError(f"there is no run to resume in {config.out_dir}: name its folder with --out_dir")
-    saved = json.loads(path.read_text())["train"]
+    try:
+        saved = json.loads(path.read_text())["train"]
+    except (ValueError, KeyError):
+        raise ValueError(f"{path} is damaged: copy it again, or train a new run") from None
     for key in given:
         if key not in RESUMABLE and getattr(config, key) != saved[key]:
             raise ValueError(f"{key}={getattr(config, key)} cannot change on --resume: this run has {saved[key]}")
@@ -234,7 +237,7 @@ def main():
               f"validation tokens, {config.tokenizer} vocabulary of {config.vocab_size}")
         print(f"{parameters:,} parameters, memory={config.memory}, on {world} x {device} in {config.dtype}")
 
-    log = Log(out_dir / "log.csv", step) if master else None
+    log = Log(out_dir / "log.csv", step) if master else None  # from here on files are written
 
     def save():
         write_json(out_dir / "config.json", {"train": asdict(config), "data": corpus.meta, "parameters": parameters})

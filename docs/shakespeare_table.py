@@ -14,11 +14,7 @@ from statistics import mean
 
 ROOT = Path(__file__).parent.parent
 SEEDS = (1, 2, 3)
-ROWS = {  # row of the table: folder of its runs, flags
-    "LM2": ("lm2", []),
-    "without memory": ("none", ["--memory=none"]),
-    "without memory, MLP widened to as many parameters": ("wide", ["--memory=none", "--mlp_ratio=5.4"]),
-}
+ROWS = {"LM2": ("lm2", []), "the same without memory": ("none", ["--memory=none"])}  # row of the table: folder of its runs, flags
 
 
 def run(folder, flags, seed):

@@ -68,14 +68,16 @@ def test_damaged_checkpoint_is_refused_in_one_line(checkout, call, name, damage)
     assert code == 2 and "out/damaged" in err and err.count("\n") == 1 and not out
 
 
-def test_truncated_checkpoint_is_not_resumed(checkout, call):
+@pytest.mark.parametrize("name", ["ckpt.pt", "config.json"])
+def test_truncated_run_is_not_resumed(checkout, call, name):
     folder = checkout.folder / "out/truncated"
+    shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(checkout.folder / "out/char", folder)
-    content = (folder / "ckpt.pt").read_bytes()
-    (folder / "ckpt.pt").write_bytes(content[:-100])
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-100])
     code, out, err = call("train.py", "--out_dir=out/truncated", "--resume", "--max_iters=5")
-    assert code == 2 and "damaged" in err and err.count("\n") == 1
-    assert (folder / "ckpt.pt").read_bytes() == content[:-100]
+    assert code == 2 and f"{name} is damaged" in err and err.count("\n") == 1
+    assert (folder / name).read_bytes() == content[:-100]
 
 
 def test_checkpoint_with_code_inside_is_not_run(tmp_path):
