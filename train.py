@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import parse, user_errors
-from data.text import check_length, get_batch, prepare
+from data.text import check_length, get_batch, prepare, spread_batches
 from data.tokenizer import atomic_open, prompt_ids, write_json
 from lm2 import LM2, LM2Config
 
@@ -100,16 +100,14 @@ def lr_factor(step, config):
     return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (last + (1 - last) * left)
 
 
-EVAL_SEED = 1 << 30      # evaluations draw the same windows in all runs
 STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
 
 
 @torch.no_grad()
 def window_loss(model, data, config, context):
-    """Mean loss in nats over eval_iters batches of random windows."""
-    length, device, total = config.n_segments * config.block_size, next(model.parameters()).device, 0.0
-    for i in range(config.eval_iters):
-        x, y = get_batch(data, length, config.batch_size, EVAL_SEED, i)
+    """Mean loss in nats over eval_iters batches of random windows, spread over the split."""
+    device, total = next(model.parameters()).device, 0.0
+    for x, y in spread_batches(data, config.n_segments * config.block_size, config.batch_size, config.eval_iters):
         with context:
             total += model(x.to(device), y.to(device))[1].item()
     return total / config.eval_iters

@@ -184,11 +184,26 @@ def check_length(corpus, length):
                              "use more text, or a smaller --n_segments or --block_size")
 
 
-def get_batch(data, length, batch_size, seed, step, rank=0):
-    """
-    Random windows of a split, a pure function of (seed, step, rank) -> inputs and targets (batch_size, length), int64.
-    Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
-    """
-    starts = np.random.default_rng([seed, step]).integers(len(data) - length, size=(rank + 1) * batch_size)[-batch_size:]
+def cut(data, starts, length):
+    """The windows of a split that begin at starts (B,) -> inputs and targets (B, length), int64."""
     windows = torch.from_numpy(np.stack([data[i:i + length + 1] for i in starts]).astype(np.int64))
     return windows[:, :-1], windows[:, 1:]
+
+
+def get_batch(data, length, batch_size, seed, step, rank=0):
+    """
+    Random windows of a split, a pure function of (seed, step, rank) -> inputs and targets (batch_size, length).
+    Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
+    """
+    return cut(data, np.random.default_rng([seed, step]).integers(len(data) - length, size=(rank + 1) * batch_size)[-batch_size:], length)
+
+
+def spread_batches(data, length, batch_size, n_batches):
+    """
+    Random windows for an evaluation, one from each of n_batches * batch_size equal parts of the split, the same ones in all runs
+    -> an iterator of inputs and targets (batch_size, length)
+    """
+    n = n_batches * batch_size
+    starts = (np.arange(n) + np.random.default_rng(0).random(n)) * ((len(data) - length) / n)
+    for batch in starts.astype(int).reshape(n_batches, batch_size):
+        yield cut(data, batch, length)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import text
-from data.text import check_length, get_batch, prepare, read_text, strip_markdown
+from data.text import check_length, get_batch, prepare, read_text, spread_batches, strip_markdown
 
 TEXT = "".join(f"Line {i} of a small text.\n" for i in range(400))
 
@@ -88,6 +88,15 @@ def test_batches_reach_the_whole_split():
     data = np.arange(20, dtype=np.uint16)
     starts = {int(x) for step in range(50) for x in get_batch(data, 16, 4, 0, step)[0][:, 0]}
     assert starts == {0, 1, 2, 3}
+
+
+def test_evaluation_windows_are_spread_over_the_split():
+    data = np.arange(1000, dtype=np.uint16)
+    starts = torch.cat([x[:, 0] for x, y in spread_batches(data, 16, 4, 5)])
+    assert len(starts) == 20 and all(i * 49.2 - 1 <= start < (i + 1) * 49.2 for i, start in enumerate(starts.tolist()))
+    assert torch.equal(starts, torch.cat([x[:, 0] for x, y in spread_batches(data, 16, 4, 5)]))
+    x, y = next(spread_batches(np.arange(18, dtype=np.uint16), 16, 3, 1))
+    assert x.shape == y.shape == (3, 16) and torch.equal(x + 1, y)
 
 
 def test_play_keeps_names_and_lines_only():
