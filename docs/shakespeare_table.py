@@ -36,4 +36,5 @@ for name, (folder, flags) in ROWS.items():
     val, stream = ([float(log[column]) for log in logs] for column in ("val_loss", "stream_loss"))
     lines.append(f"| {name} | {configs[0]['parameters']:,} | {mean(val):.3f} | {' '.join(f'{v:.3f}' for v in val)} "
                  f"| {mean(stream):.3f} | {mean(seconds):.0f} |")
-print("\n".join(lines))
+data = configs[0]["data"]
+print("\n".join(lines), f"\n\nText: {data['source']} (sha256 {data['sha256'][:12]}), {data['tokens']['train']:,} training characters.")
