@@ -44,7 +44,7 @@ def load(out_dir, device="auto"):
         model = LM2(LM2Config(**ckpt["model_config"]))
         model.load_state_dict(ckpt["model"])
     except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
-        raise ValueError(f"the run in {out_dir} is incomplete or damaged ({str(e).splitlines()[0]}): copy the whole folder again") from None
+        raise ValueError(f"the run in {out_dir} is incomplete or damaged ({str(e).partition(chr(10))[0]}): copy the whole folder again") from None
     if tokenizer.n_vocab != model.config.vocab_size:
         raise ValueError(f"tokenizer.json in {out_dir} has {tokenizer.n_vocab} tokens, the checkpoint {model.config.vocab_size}: "
                          "they are from different runs")

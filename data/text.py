@@ -132,19 +132,16 @@ def read_text(dataset):
     return text, sha, str(path), DATA_DIR / f"{path.resolve().stem}-{sha[:8]}"
 
 
-def encode_to_file(tokenizer, text, path, dtype):
-    """Token ids of a text into a binary file, about a megabyte at a time -> number of ids."""
-    count, lines, size = 0, [], 0
+def encode_to_file(tokenizer, text, path, dtype, lines_at_once=20_000):
+    """Token ids of a text into a binary file, some lines at a time -> number of ids."""
+    count, lines = 0, text.splitlines(keepends=True)
     with atomic_open(path) as f, tqdm(total=len(text), unit="char", unit_scale=True, delay=1, desc=f"tokenizing {path.stem}") as bar:
-        for i, line in enumerate(all_lines := text.splitlines(keepends=True), 1):
-            lines.append(line)
-            size += len(line)
-            if size >= 1 << 20 or i == len(all_lines):
-                ids = np.array(tokenizer.encode("".join(lines)), dtype=dtype)
-                ids.tofile(f)
-                count += len(ids)
-                bar.update(size)
-                lines, size = [], 0
+        for start in range(0, len(lines), lines_at_once):
+            piece = "".join(lines[start:start + lines_at_once])
+            ids = np.array(tokenizer.encode(piece), dtype=dtype)
+            ids.tofile(f)
+            count += len(ids)
+            bar.update(len(piece))
     return count
 
 

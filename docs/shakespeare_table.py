@@ -37,4 +37,5 @@ for name, (folder, flags) in ROWS.items():
     lines.append(f"| {name} | {configs[0]['parameters']:,} | {mean(val):.3f} | {' '.join(f'{v:.3f}' for v in val)} "
                  f"| {mean(stream):.3f} | {mean(seconds):.0f} |")
 data = configs[0]["data"]
-print("\n".join(lines), f"\n\nText: {data['source']} (sha256 {data['sha256'][:12]}), {data['tokens']['train']:,} training characters.")
+lines += ["", f"Text: {data['source']} (sha256 {data['sha256'][:12]}), {data['tokens']['train']:,} training characters."]
+print("\n".join(lines))

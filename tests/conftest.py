@@ -25,12 +25,9 @@ class Checkout:
             shutil.copy(source, target)
         (folder / "play.txt").write_text(TEXT)
 
-    def command(self, *args):
-        return [sys.executable, *map(str, args)]
-
     def start(self, *args):
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        return subprocess.Popen(self.command(*args), cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, *args], cwd=self.folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, *args):
         """-> exit code, standard output, standard error"""
@@ -63,7 +60,7 @@ def call(checkout, monkeypatch, capsys):
 
     def run(program, *args):
         monkeypatch.chdir(checkout.folder)
-        monkeypatch.setattr(sys, "argv", [program, *map(str, args)])
+        monkeypatch.setattr(sys, "argv", [program, *args])
         monkeypatch.setattr(data.text, "DATA_DIR", checkout.folder / "data")
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
