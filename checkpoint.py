@@ -13,6 +13,12 @@ import torch
 
 from data.tokenizer import atomic_open, from_json
 from lm2 import LM2, LM2Config
+from rmt import RMT
+
+
+def build(config):
+    """A new model from an LM2Config."""
+    return RMT(config) if config.memory == "rmt" else LM2(config)
 
 
 def save(path, model, **more):
@@ -41,7 +47,7 @@ def load(out_dir, device="auto"):
     try:
         config = json.loads((out_dir / "config.json").read_text())
         tokenizer = from_json(json.loads((out_dir / "tokenizer.json").read_text()))
-        model = LM2(LM2Config(**ckpt["model_config"]))
+        model = build(LM2Config(**ckpt["model_config"]))
         model.load_state_dict(ckpt["model"])
     except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
         raise ValueError(f"the run in {out_dir} is incomplete or damaged ({str(e).partition(chr(10))[0]}): copy the whole folder again") from None

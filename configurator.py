@@ -55,9 +55,12 @@ def parse(cls, description, argv=None):
     parser.add_argument("--config", metavar="FILE", help="TOML preset; flags beat it")
     for name, f in known.items():
         default = "" if f.default is MISSING else f" (default {f.default!r})"
+        text = (texts.get(name, "") + default).replace("%", "%%")
+        if f.type is list:  # the arguments without a key
+            parser.add_argument(name, nargs="*", default=MISSING, help=texts.get(name, ""))
+            continue
         boolean = {"nargs": "?", "const": True} if f.type is bool else {}
-        parser.add_argument(f"--{name}", metavar=f.type.__name__, default=MISSING, **boolean,
-                            help=(texts.get(name, "") + default).replace("%", "%%"))
+        parser.add_argument(f"--{name}", metavar=f.type.__name__, default=MISSING, **boolean, help=text)
     with user_errors():
         flags, unknown = parser.parse_known_args(argv)
         values = {}

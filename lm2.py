@@ -33,8 +33,8 @@ class LM2Config:
     qk_norm: bool = True         # RMSNorm on queries and keys
     rope_theta: float = 10000.0  # base of the rotary angles
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
-    memory: str = "lm2"          # lm2: a memory bank in each block; none: the vanilla decoder
-    mem_slots: int = 16          # N: slots in a bank
+    memory: str = "lm2"          # lm2: a memory bank in each block; rmt: memory tokens, see rmt.py; none: the vanilla decoder
+    mem_slots: int = 16          # N: slots in a bank, or memory tokens
     mem_heads: int = 0           # heads of the memory's read and write, 0: n_head
     mem_layers: int = -1         # blocks with memory, counted from the first, -1: all
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
@@ -49,7 +49,7 @@ class LM2Config:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "mem_slots", "mem_heads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "none")), ("mem_write", ("attend", "aligned"))):
+        for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "rmt", "none")), ("mem_write", ("attend", "aligned"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is not known: use {' or '.join(known)}")
         for name, total in (("n_head", "n_embd"), ("n_kv_head", "n_head"), ("mem_heads", "n_embd")):
@@ -59,7 +59,7 @@ class LM2Config:
             raise ValueError(f"n_embd/n_head={self.n_embd // self.n_head} must be even for rotary positions")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.memory == "none":
+        if self.memory != "lm2":
             return
         if self.mem_write == "aligned" and self.mem_slots != self.block_size:
             raise ValueError(f"mem_write=aligned needs mem_slots={self.mem_slots} to equal block_size={self.block_size}")
@@ -105,8 +105,10 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, mask=None, causal=False):
     """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs), k and v (B, Lk, nkv, hs) -> (B, Lq, nh * hs)."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=causal,
-                                       enable_gqa=q.size(2) != k.size(2))
+    with torch.autocast(v.device.type, enabled=False):
+        v = wide(v) if v.device.type == "cpu" else v  # this kernel takes several times as long in bfloat16 on a CPU
+        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2).flatten(2)
 
 
@@ -148,14 +150,18 @@ class Attention(nn.Module):
         self.wqkv = linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_dim)
         self.wo = linear(config.n_embd, config.n_embd)
 
+    def project(self, h, rope):
+        """Queries, keys and values of h (B, L, D), turned to their positions: (B, L, n_head or n_kv_head, hs) each."""
+        c = self.config
+        qk, v = self.wqkv(h).unflatten(-1, (-1, self.head_dim)).split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
+        if c.qk_norm:
+            qk = F.rms_norm(qk, (self.head_dim,))
+        return *rotate(qk, *rope).to(v.dtype).split((c.n_head, c.n_kv_head), dim=2), v
+
     def forward(self, h, rope, k_past, v_past):
         """h (B, L, D), keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
         c = self.config
-        qkv = self.wqkv(h).unflatten(-1, (-1, self.head_dim))
-        qk, v = qkv.split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
-        if c.qk_norm:
-            qk = F.rms_norm(qk, (self.head_dim,))
-        q, k = rotate(qk, *rope).to(v.dtype).split((c.n_head, c.n_kv_head), dim=2)
+        q, k, v = self.project(h, rope)
         if past := k_past.size(1):
             k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
         if c.attention == "window":
@@ -192,7 +198,7 @@ class MemoryBank(nn.Module):
         lead, heads = v.shape[:-2], self.config.mem_heads
         q, k, v = (x.reshape(-1, x.size(-2), heads, x.size(-1) // heads) for x in (q, k, v))
         if self.config.qk_norm:
-            q, k = (F.rms_norm(x, x.shape[-1:]).to(v.dtype) for x in (q, k))
+            q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
         mask = None
         if topk:
             scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
@@ -222,8 +228,8 @@ class MemoryBank(nn.Module):
 
     def write(self, h, M):
         """
-        Writes whole segments, one after the other. h (B, S, T, D), M (B, N, D) -> the S + 1 banks (B, S + 1, N, D), M the first.
-        With `attend` content and gates do not depend on the bank: they are made for all segments at once, and only Eq. 6 recurs.
+        Write whole segments. h (B, S, T, D), M (B, N, D) -> M and the S banks after it (B, S + 1, N, D). Content and gates of `attend`
+        do not depend on the bank: they are made for all segments at once, and only Eq. 6 recurs.
         """
         banks = [M]
         if self.config.mem_write == "attend":
@@ -306,14 +312,11 @@ class LM2(nn.Module):
     def init_weights(self):
         """
         embedding              normal, std 0.5
-        head                   zero: the first loss is log(vocab_size)
-        wo, w_down, w_v        zero: attention, MLP and memory add nothing at first
-        gates (w_in, ...)      zero, so that they start at their biases
-        gate biases            input 0 (half open); forget +2 (0.88): memory lives long enough to be learned; output -4 (0.02): the
-                               model starts as the decoder without memory and opens the gate where memory helps
+        head, wo, w_down, w_v  zero: the first loss is log(vocab_size); attention, MLP and memory add nothing at first
+        gates (w_in, ...)      zero matrices, so that they start at their biases: input 0 (half open); forget +2 (0.88), so that memory
+                               lives long enough to be learned; output -4 (0.02), so that the model opens it where memory helps
         slots (queries)        normal, std 1
-        other matrices         normal, std 1/sqrt(fan_in)
-        gains                  one
+        other matrices         normal, std 1/sqrt(fan_in); gains one
         """
         biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": -4.0}
         for name, p in self.named_parameters():
@@ -322,12 +325,10 @@ class LM2(nn.Module):
                 p.fill_(biases[kind])
             elif kind in ("head", "wo", "w_down", "w_v", *biases):
                 p.zero_()
-            elif last == "slots":
-                p.normal_(std=1.0)
             elif p.ndim == 1:
                 p.fill_(1.0)
             else:
-                p.normal_(std=0.5 if kind == "embedding" else p.size(1) ** -0.5)
+                p.normal_(std=1.0 if last == "slots" else 0.5 if kind == "embedding" else p.size(1) ** -0.5)
 
     def configure_optimizers(self, learning_rate, adam_lr, weight_decay, device_type):
         """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
@@ -361,9 +362,8 @@ class LM2(nn.Module):
         """
         x, state = self.features(idx, state)
         logits = self.head(x)
-        if targets is None:
-            return logits, None, state
-        return logits, F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-1), state
+        loss = None if targets is None else F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, loss, state
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):

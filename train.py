@@ -1,9 +1,10 @@
 """
-Train LM2 on text:
+Train LM2 on text, or on the stories of BABILong:
 
     python train.py --dataset=shakespeare
     python train.py --dataset=my/notes.txt --tokenizer=bpe --out_dir=out/notes
     python train.py --config=config/shakespeare_gpu.toml --seed=1
+    python train.py --dataset=babilong --tasks=qa1,qa2 --lengths=0k,256,1k --tokenizer=bpe --vocab_size=512
     torchrun --nproc_per_node=2 train.py --dataset=shakespeare
 
 A run writes ckpt.pt, best.pt, config.json, tokenizer.json, log.csv and loss.png into its folder, out/DATASET.
@@ -28,21 +29,24 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import parse, user_errors
-from data.text import check_length, get_batch, prepare, spread_batches
-from data.tokenizer import atomic_open, prompt_ids, write_json
-from lm2 import LM2, LM2Config
+from data import curriculum, text
+from data.tokenizer import atomic_open, write_json
+from lm2 import LM2Config
 
 
 @dataclass
 class TrainConfig(LM2Config):
     vocab_size: int = 1024         # tokens of the bpe tokenizer; char and gpt2 bring their own
     # data
-    dataset: str = "shakespeare"   # shakespeare, a text file, or a folder of .txt files
+    dataset: str = "shakespeare"   # shakespeare, a text file, a folder of .txt files, or babilong
     tokenizer: str = "char"        # char, bpe or gpt2
+    tasks: str = "qa1"             # babilong: the tasks, all in every batch, as in qa1,qa2
+    lengths: str = "0k,256,512"    # babilong: the curriculum of lengths in tokens, 0k is the bare story
+    corpus: str = "shakespeare"    # babilong: the text around the facts, as for dataset
     out_dir: str = ""              # folder of the run, default out/DATASET
     # optimization
     n_segments: int = 4            # segments of block_size in a training sequence: how far gradients flow through the memory
-    batch_size: int = 12           # sequences in a batch, of each process
+    batch_size: int = 12           # sequences in a batch, of each process; babilong: as many tokens in stories of any length
     gradient_accumulation_steps: int = 1  # batches in an update, of each process
     max_iters: int = 750           # updates
     learning_rate: float = 0.03    # of Muon, for the hidden matrices
@@ -56,10 +60,12 @@ class TrainConfig(LM2Config):
     # evaluation
     eval_interval: int = 250       # updates between evaluations, each followed by a checkpoint
     eval_iters: int = 20           # batches in an evaluation
+    advance_at: float = 0.95       # babilong: accuracy at a length that moves the curriculum on
     # machine
     device: str = "auto"           # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"            # of the matmuls: auto (the faster), float32 or bfloat16; the memory stays float32
     compile: bool = False          # torch.compile the model; on by itself with cuda
+    match_params: str = ""         # folder of a run: widen the MLP until the model has as many parameters, within 2%
     # a run that exists
     resume: bool = False           # go on where the run in out_dir stopped, with its configuration
     overwrite: bool = False        # replace the run in out_dir
@@ -100,52 +106,15 @@ def lr_factor(step, config):
     return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (last + (1 - last) * left)
 
 
-STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
-
-
-@torch.no_grad()
-def window_loss(model, data, config, context):
-    """Mean loss in nats over eval_iters batches of random windows, spread over the split."""
-    device, total = next(model.parameters()).device, 0.0
-    for x, y in spread_batches(data, config.n_segments * config.block_size, config.batch_size, config.eval_iters):
-        with context:
-            total += model(x.to(device), y.to(device))[1].item()
-    return total / config.eval_iters
-
-
-@torch.no_grad()
-def stream_loss(model, data, context):
-    """Mean loss in nats over a split (its first STREAM_TOKENS), read as one stream with the memory carried along."""
-    device, total, state = next(model.parameters()).device, 0.0, None
-    n, chunk = min(STREAM_TOKENS, len(data) - 1), 16 * model.config.block_size
-    for start in range(0, n, chunk):
-        piece = torch.from_numpy(data[start:min(start + chunk, n) + 1].astype("int64")).to(device)[None]
-        with context:
-            _, loss, state = model(piece[:, :-1], piece[:, 1:], state)
-        total += loss.item() * (piece.size(1) - 1)
-    return total / n
-
-
-def evaluate(model, corpus, config, context):
-    """The three losses of a log row."""
-    model.eval()
-    losses = {"train_loss": window_loss(model, corpus.train, config, context),
-              "val_loss": window_loss(model, corpus.val, config, context),
-              "stream_loss": stream_loss(model, corpus.val, context)}
-    model.train()
-    return losses
-
-
-def plot_losses(rows, path):
-    """loss.png: the loss of each batch and the three evaluated losses over the updates."""
+def plot_losses(rows, columns, path):
+    """loss.png: the loss of each batch and what was evaluated, over the updates."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for column, style in (("loss", dict(lw=0.5, color="0.7", label="batch")), ("train_loss", dict(marker="o", label="train")),
-                          ("val_loss", dict(marker="o", label="validation, random windows")),
-                          ("stream_loss", dict(marker="o", label="validation, one stream"))):
+    for column in ("loss", *columns):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
-            axes.plot(*zip(*points), ms=3, **style)
-    axes.set(xlabel="updates", ylabel="loss, nats per token")
+            style = dict(lw=0.5, color="0.7") if column == "loss" else dict(marker="o")
+            axes.plot(*zip(*points), ms=3, label=column, **style)
+    axes.set(xlabel="updates", ylabel="nats per token, accuracy", ylim=(0, None))
     axes.legend()
     with atomic_open(path) as f:
         figure.savefig(f, dpi=120, format="png")
@@ -154,23 +123,55 @@ def plot_losses(rows, path):
 
 class Log:
     """log.csv: a row per update, with the evaluated losses where there are any. Bit for bit the same when a run is repeated."""
-    COLUMNS = ("step", "loss", "learning_rate", "train_loss", "val_loss", "stream_loss")
 
-    def __init__(self, path, step):
-        """Keeps the rows of a resumed run before a step."""
+    def __init__(self, path, columns, step):
+        """columns: those of an evaluation. Keeps the rows of a resumed run before a step."""
         self.rows = []
         if step:
             with open(path, newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) < step]
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "w", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer = csv.DictWriter(self.file, ("step", "loss", "learning_rate", *columns))
         self.writer.writeheader()
         self.writer.writerows(self.rows)
 
     def add(self, **row):
         self.rows.append({key: repr(value) for key, value in row.items()})
         self.writer.writerow(self.rows[-1])
+
+
+def model_config(config):
+    """The part of a TrainConfig that describes the model."""
+    return LM2Config(**{f.name: getattr(config, f.name) for f in fields(LM2Config)})
+
+
+def matched_mlp_ratio(config):
+    """The mlp_ratio that gives as many parameters as the run in match_params has. Raises ValueError where none comes within 2%."""
+    path = Path(config.match_params) / "config.json"
+    if not path.exists():
+        raise ValueError(f"match_params={config.match_params} is not the folder of a run: there is no {path}")
+    wanted = json.loads(path.read_text())["parameters"]
+    with torch.device("meta"):
+        model = checkpoint.build(model_config(config))
+        hidden = model.blocks[0].mlp.w_up.out_features
+        more = wanted - sum(p.numel() for p in model.parameters())
+    hidden += 8 * round(more / (3 * config.n_embd * config.n_layer) / 8)  # the MLPs' hidden width is a multiple of 8
+    ratio = (hidden - 4) / config.n_embd                                    # and rounded up to it
+    with torch.device("meta"):
+        found = sum(p.numel() for p in checkpoint.build(model_config(replace(config, mlp_ratio=ratio))).parameters())
+    if abs(found - wanted) > 0.02 * wanted:
+        raise ValueError(f"match_params={config.match_params} has {wanted:,} parameters, the nearest here is {found:,}: change n_embd or n_layer")
+    return ratio
+
+
+def prepare(config):
+    """The data of a run, Corpus or Stories. Raises ValueError or OSError, one line that says what to do."""
+    if config.dataset == "babilong":
+        return curriculum.prepare(config)
+    corpus = text.prepare(config.dataset, config.tokenizer, config.vocab_size)
+    text.check_length(corpus, config.n_segments * config.block_size)
+    return corpus
 
 
 def setup():
@@ -192,26 +193,27 @@ def setup():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         # rank 0 finds out and prepares, then the others take over what it found
         dtype = [checkpoint.pick_dtype(config.dtype, device)]
-        corpus = prepare(config.dataset, config.tokenizer, config.vocab_size) if rank == 0 else None
+        corpus = prepare(config) if rank == 0 else None
         if world > 1:
             dist.broadcast_object_list(dtype, device=device)
-        corpus = corpus or prepare(config.dataset, config.tokenizer, config.vocab_size)
+        corpus = corpus or prepare(config)
         vocab_size = corpus.tokenizer.n_vocab
         if "vocab_size" in given and config.vocab_size != vocab_size:
             raise ValueError(f"vocab_size={config.vocab_size} does not fit tokenizer {config.tokenizer}, which has {vocab_size} "
                              "tokens for this text: leave it out, or use --tokenizer=bpe")
-        check_length(corpus, config.n_segments * config.block_size)
         compiled = config.compile if "compile" in given else device.type == "cuda"
         config = replace(config, vocab_size=vocab_size, dtype=dtype[0], compile=compiled)
+        if config.match_params and not config.resume:
+            config = replace(config, mlp_ratio=matched_mlp_ratio(config))
     return config, corpus, device, rank, world
 
 
 def main():
     config, corpus, device, rank, world = setup()
-    out_dir, length, master = Path(config.out_dir), config.n_segments * config.block_size, rank == 0
+    out_dir, master = Path(config.out_dir), rank == 0
     context = checkpoint.autocast(config.dtype, device)
     torch.manual_seed(config.seed)
-    raw_model = LM2(LM2Config(**{f.name: getattr(config, f.name) for f in fields(LM2Config)})).to(device)
+    raw_model = checkpoint.build(model_config(config)).to(device)
     optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, best = 0, math.inf
@@ -220,7 +222,7 @@ def main():
             ckpt = checkpoint.read(out_dir / "ckpt.pt")
             if ckpt["sha256"] != corpus.meta["sha256"]:
                 raise ValueError(f"the text of {config.dataset} is not the one this run was trained on: train a new run")
-            step, best = ckpt["step"], ckpt["best_val_loss"]
+            step, best, corpus.place = ckpt["step"], ckpt["best_val_loss"], ckpt["place"]
             if step > config.max_iters:
                 raise ValueError(f"max_iters={config.max_iters} is behind this run, which has made {step} updates: give more")
             raw_model.load_state_dict(ckpt["model"])
@@ -231,17 +233,17 @@ def main():
         model = DistributedDataParallel(model, find_unused_parameters=config.memory == "lm2" and config.n_segments == 1)
     parameters = sum(p.numel() for p in raw_model.parameters())
     if master:
-        print(f"{corpus.meta['source']} (sha256 {corpus.meta['sha256'][:12]}), {len(corpus.train):,} training and {len(corpus.val):,} "
-              f"validation tokens, {config.tokenizer} vocabulary of {config.vocab_size}")
+        print(f"{corpus.meta['source']} (sha256 {corpus.meta['sha256'][:12]}), {corpus.meta['tokens']['train']:,} training and "
+              f"{corpus.meta['tokens']['val']:,} validation tokens, {config.tokenizer} vocabulary of {config.vocab_size}")
         print(f"{parameters:,} parameters, memory={config.memory}, on {world} x {device} in {config.dtype}")
 
-    log = Log(out_dir / "log.csv", step) if master else None  # from here on files are written
+    log = Log(out_dir / "log.csv", corpus.columns, step) if master else None  # from here on files are written
 
     def save():
         write_json(out_dir / "config.json", {"train": asdict(config), "data": corpus.meta, "parameters": parameters})
         write_json(out_dir / "tokenizer.json", corpus.tokenizer.to_json())
         checkpoint.save(out_dir / "ckpt.pt", raw_model, optimizers=[o.state_dict() for o in optimizers], step=step,
-                        best_val_loss=best, sha256=corpus.meta["sha256"])
+                        best_val_loss=best, place=corpus.place, sha256=corpus.meta["sha256"])
 
     def check_finite(*values):
         if not all(map(math.isfinite, values)):
@@ -254,19 +256,25 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, on_signal)
 
-    per_step = config.batch_size * length * config.gradient_accumulation_steps * world
+    per_step = config.batch_size * config.n_segments * config.block_size * config.gradient_accumulation_steps * world
     bar = tqdm(total=config.max_iters * per_step, initial=step * per_step, unit="tok", unit_scale=True, disable=not master)
     while True:
         row = {"step": step}
-        if (step % config.eval_interval == 0 or step == config.max_iters) and master:
-            row |= evaluate(raw_model, corpus, config, context)
+        if step % config.eval_interval == 0 or step == config.max_iters:
+            raw_model.eval()
+            with context:
+                row |= corpus.evaluate(raw_model, config, device)
+            raw_model.train()
             check_finite(*row.values())
-            bar.write(f"step {step}: train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
-                      f"as one stream {row['stream_loss']:.4f}")
-            if row["val_loss"] < best:
-                best = row["val_loss"]
-                checkpoint.save(out_dir / "best.pt", raw_model, step=step, val_loss=best)
-            save()
+            if master:
+                bar.write(f"step {step}: {corpus.report(row)}")
+                if row["val_loss"] < best:
+                    checkpoint.save(out_dir / "best.pt", raw_model, step=step, val_loss=row["val_loss"])
+            best = min(best, row["val_loss"])
+            if corpus.advance(step, row, config):
+                best = math.inf  # losses at another length do not compare
+            if master:
+                save()
         if step == config.max_iters:
             break
 
@@ -276,7 +284,7 @@ def main():
         torch.manual_seed(config.seed + 1_000_003 * (step * world + rank))  # dropout, too, is a function of the step
         status = torch.zeros(2, device=device)  # loss, and how many processes were asked to stop
         for micro in range(config.gradient_accumulation_steps):
-            x, y = get_batch(corpus.train, length, config.batch_size, config.seed, step, micro * world + rank)
+            x, y = corpus.batch(config, step, micro * world + rank)
             last = micro == config.gradient_accumulation_steps - 1
             with nullcontext() if last or world == 1 else model.no_sync():
                 with context:
@@ -307,12 +315,10 @@ def main():
             print(f"stopped at step {step}, saved in {out_dir}: go on with --resume --out_dir={out_dir}")
         else:
             log.add(**row)
-            plot_losses(log.rows, out_dir / "loss.png")
+            plot_losses(log.rows, corpus.columns, out_dir / "loss.png")
             raw_model.load_state_dict(checkpoint.read(out_dir / "best.pt")["model"])
             raw_model.eval()
-            prompt = torch.tensor([prompt_ids(corpus.tokenizer, "")], device=device)
-            print(f"\nThe best model (validation loss {best:.4f}) writes:")
-            print(corpus.tokenizer.decode(raw_model.generate(prompt, 500, temperature=0.8)[0].tolist()))
+            print(f"\nThe best model (validation loss {best:.4f}) writes:\n{corpus.example(raw_model, device)}")
             print(f"\ncheckpoint {out_dir}/ckpt.pt (last) and {out_dir}/best.pt, log {out_dir}/log.csv, loss curve {out_dir}/loss.png\n"
                   f"more text: python sample.py --out_dir={out_dir}")
     if world > 1:

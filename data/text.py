@@ -33,12 +33,49 @@ PLAYS_SHA256 = "341868cb3ca3df0c34fd488c075fe6f71bc82ebc0235257f08eb13a5f978ca51
 SOURCES = {URL_SHA256: "tinyshakespeare", PLAYS_SHA256: f"38 plays of {WHEEL}"}
 
 
+STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
+
+
 @dataclass
 class Corpus:
+    """A text as train.py sees it, in the same form as Stories of data/curriculum.py."""
     train: np.ndarray  # (n,) token ids, memory-mapped
     val: np.ndarray
     tokenizer: object
     meta: dict         # source and sha256 of the text, tokenizer, vocabulary size, tokens of each split
+    columns = ("train_loss", "val_loss", "stream_loss")  # of an evaluation
+    place = None                                         # in a curriculum: text has none
+
+    def batch(self, config, step, part):
+        """Inputs and targets (batch_size, n_segments * block_size) of one part of an update."""
+        return get_batch(self.train, config.n_segments * config.block_size, config.batch_size, config.seed, step, part)
+
+    @torch.no_grad()
+    def evaluate(self, model, config, device):
+        """Mean losses in nats: of both splits in random windows, of the validation text as one stream with the memory carried along."""
+        losses = {}
+        for name, data in (("train_loss", self.train), ("val_loss", self.val)):
+            batches = spread_batches(data, config.n_segments * config.block_size, config.batch_size, config.eval_iters)
+            losses[name] = sum(model(x.to(device), y.to(device))[1].item() for x, y in batches) / config.eval_iters
+        total, state, n, chunk = 0.0, None, min(STREAM_TOKENS, len(self.val) - 1), 16 * config.block_size
+        for start in range(0, n, chunk):
+            piece = torch.from_numpy(self.val[start:min(start + chunk, n) + 1].astype(np.int64)).to(device)[None]
+            _, loss, state = model(piece[:, :-1], piece[:, 1:], state)
+            total += loss.item() * (piece.size(1) - 1)
+        return losses | {"stream_loss": total / n}
+
+    def report(self, row):
+        """An evaluation in words."""
+        return f"train loss {row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, as one stream {row['stream_loss']:.4f}"
+
+    def advance(self, step, row, config):
+        """Text has no curriculum to move on in."""
+        return False
+
+    def example(self, model, device):
+        """Text that the model writes."""
+        prompt = torch.tensor([tokenizers.prompt_ids(self.tokenizer, "")], device=device)
+        return self.tokenizer.decode(model.generate(prompt, 500, temperature=0.8)[0].tolist())
 
 
 def download(url, path):

@@ -19,7 +19,7 @@ class Checkout:
 
     def __init__(self, folder):
         self.folder = folder
-        for source in (*REPO.glob("*.py"), *REPO.glob("data/*.py"), *REPO.glob("config/*.toml")):
+        for source in (*REPO.glob("*.py"), *REPO.glob("data/*.py"), *REPO.glob("config/*.toml"), *REPO.glob("docs/*.csv")):
             target = folder / source.relative_to(REPO)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
@@ -54,9 +54,10 @@ def checkout(tmp_path_factory):
 def call(checkout, monkeypatch, capsys):
     """Call a program's main() in this process, which is faster than a new one -> exit code, standard output, standard error."""
     import data.text
+    import eval_babilong
     import sample
     import train
-    programs = {"train.py": train, "sample.py": sample}
+    programs = {"train.py": train, "sample.py": sample, "eval_babilong.py": eval_babilong}
 
     def run(program, *args):
         monkeypatch.chdir(checkout.folder)

@@ -1,0 +1,451 @@
+"""
+BABILong: the facts of bAbI stories hidden in a long text, and questions about them (Kuratov et al. 2024, arXiv 2406.10149).
+
+    simulate             an endless source of stories for the bAbI tasks 1 to 10 (Weston et al. 2015, arXiv 1502.05698)
+    read_babi            stories of a real bAbI v1.2 file; read_babilong: samples of a real BABILong file
+    Haystack             a corpus by sentences, to hide facts in
+    training_batch       whole stories with their questions and answers in place, the loss on answer tokens only
+    evaluation_sample    the facts in a text, and one question at the end; is_correct: BABILong's rule for its answer
+
+    python -m data.babilong --task=qa3 --seed=1     prints a story
+"""
+import csv
+import json
+import random
+import re
+import textwrap
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+class Line(NamedTuple):
+    text: str            # "Mary moved to the bathroom." or "Where is Mary?"
+    answer: str = ""     # of a question ("bathroom", "milk,football", "yes"); "" for a fact
+    support: tuple = ()  # of a question: places in the story, from 0, of the facts that support the answer
+
+
+# --- The simulator. Actors walk between places, objects are taken, dropped and given, and each task asks something else about it.
+# --- Its rules (which events are how likely, what may be asked when) are those of the original files, found by counting.
+
+ACTORS = ("John", "Mary", "Sandra", "Daniel")  # gifts prefer the first
+PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
+OBJECTS = ("apple", "football", "milk")
+NUMBERS = ("none", "one", "two", "three")
+OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
+VERBS = {"move": ("went to", "went back to", "moved to", "journeyed to", "travelled to"),
+         "get": ("took", "got", "grabbed", "picked up"), "drop": ("dropped", "left", "discarded", "put down"),
+         "give": ("gave", "handed", "passed"), "is": ("is in",), "not": ("is not in", "is no longer in"), "either": ("is either in",)}
+
+
+class Fact(NamedTuple):
+    line: int      # its place in the story
+    kind: str      # move, get, drop, give; tasks 9 and 10 also tell of moves by is, not, either
+    actor: str
+    thing: object  # the object, of a move the place, of "either" two places
+    to: str        # who is given the object
+    told: object   # the fact before this one that tells where the actor is, or None
+
+
+class World:
+    """The story so far: what was told, and how things really stand."""
+
+    def __init__(self, rng, kinds, actors=ACTORS, places=PLACES, get_there=1.0):
+        """kinds: of events, one drawn as often as another; get_there: how often an object is taken "there"."""
+        self.rng, self.kinds, self.actors, self.places, self.there = rng, kinds, actors, places, {"get": get_there, "drop": 0.2, "give": 0}
+        self.place = {actor: rng.choice(places) for actor in actors}
+        self.where = {thing: rng.choice(places) for thing in OBJECTS}  # a place, or the actor who holds it
+        self.lines, self.facts = [], []
+        self.told = {}                                 # actor -> the last fact on where the actor is
+        self.handled = {}                              # object -> the last fact on who took, dropped or gave it
+        self.walks = {thing: [] for thing in OBJECTS}  # object -> moves of its holder since it was taken
+
+    def held_by(self, actor):
+        return [thing for thing in OBJECTS if self.where[thing] == actor]
+
+    def event(self):
+        """One more event. What cannot be (to take what is not there, to go where one is) is drawn again, which settles how often each
+        kind happens. A gift alone is looked for: the first in order of objects and actors that can be made, if any."""
+        happened = False
+        while not happened:
+            kind, actor = self.rng.choice(self.kinds), self.rng.choice(self.actors)
+            happened = (self.handle if kind in self.there else self.go)(kind, actor)
+
+    def tell(self, kind, actor, thing, to, text):
+        self.facts.append(Fact(len(self.lines), kind, actor, thing, to, self.told.get(actor)))
+        self.lines.append(Line(text))
+        return self.facts[-1]
+
+    def go(self, kind, actor):
+        """The actor goes to another place, and one of four ways to tell about it."""
+        before, place = self.place[actor], self.rng.choice(self.places)
+        if place == before:
+            return False
+        self.place[actor] = place
+        thing = before if kind == "not" else place
+        if kind == "either":
+            thing = self.rng.sample([place, self.rng.choice(self.places)], 2)  # the same one twice now and then, as in the original
+        words = " or the ".join(thing) if kind == "either" else thing
+        fact = self.told[actor] = self.tell(kind, actor, thing, "", f"{actor} {self.rng.choice(VERBS[kind])} the {words}.")
+        for held in self.held_by(actor):
+            self.walks[held].append(fact)
+        return True
+
+    def handle(self, kind, actor):
+        if kind == "give":
+            choices = [(giver, thing, to) for thing, giver in self.where.items() if giver in self.place
+                       for to in self.actors if to != giver and self.place[to] == self.place[giver]]
+        else:
+            choices = [(actor, thing, "") for thing in self.held_by(self.place[actor] if kind == "get" else actor)]
+        if not choices:
+            return False
+        actor, thing, to = choices[0] if kind == "give" else self.rng.choice(choices)
+        ending = f" to {to}" if to else " there" if self.rng.random() < self.there[kind] else ""
+        self.handled[thing] = self.tell(kind, actor, thing, to, f"{actor} {self.rng.choice(VERBS[kind])} the {thing}{ending}.")
+        self.where[thing] = {"get": actor, "drop": self.place[actor], "give": to}[kind]
+        if kind == "get":
+            self.walks[thing] = []
+        return True
+
+
+def tell_and_ask(world, question):
+    """A story: five times two events and a question(world, fact) -> (text, answer, support) about one of the last five facts; where
+    they give nothing to ask (None), two events more."""
+    for _ in range(5):
+        found = None
+        while not found:
+            world.event()
+            world.event()
+            recent = world.facts[-5:]
+            world.rng.shuffle(recent)
+            found = next(filter(None, (question(world, fact) for fact in recent)), None)
+        text, answer, support = found
+        world.lines.append(Line(text, answer, tuple(fact.line for fact in support)))
+    return world.lines
+
+
+def where_is_actor(world, fact):
+    return f"Where is {fact.actor}?", world.place[fact.actor], [world.told[fact.actor]]
+
+
+def where_is_object(world, fact):
+    """Of an object that was dropped, or carried somewhere."""
+    if fact.kind == "move":
+        return None
+    last = world.handled[fact.thing]
+    move = last.told if last.kind == "drop" else next(reversed(world.walks[fact.thing]), None)
+    return move and (f"Where is the {fact.thing}?", move.thing, [last, move])
+
+
+def where_was_object(world, fact):
+    """Of an object that was carried to two places or more. It must not have come back to the second."""
+    if fact.kind == "move":
+        return None
+    walk = world.walks[fact.thing]
+    pairs = [(walk[i - 1], walk[i]) for i in range(1, len(walk)) if walk[i].thing not in [move.thing for move in walk[i + 1:]]]
+    before, after = world.rng.choice(pairs) if pairs else (None, None)
+    return after and (f"Where was the {fact.thing} before the {after.thing}?", before.thing, [world.handled[fact.thing], after, before])
+
+
+def who_gave_what(world, fact):
+    """Of a gift, unless the object, or another one between the same two, was given since: the text would have another answer."""
+    later = [other for other in world.facts[-5:] if other.kind == "give" and other.line > fact.line]
+    _, kind, giver, thing, to, _ = fact
+    if kind != "give" or any(other.thing == thing or (other.actor, other.to) == (giver, to) for other in later):
+        return None
+    text, answer = world.rng.choice([
+        (f"What did {giver} give to {to}?", thing), (f"What did {giver} give to {to}?", thing),
+        (f"Who gave the {thing}?", giver), (f"Who gave the {thing} to {to}?", giver),
+        (f"Who received the {thing}?", to), (f"Who did {giver} give the {thing} to?", to)])
+    return text, answer, [fact]
+
+
+def is_actor_there(world, fact):
+    """Half of the questions name the place where the actor is; after "not", they name the place where the actor is not."""
+    if fact.kind in world.there:
+        return None
+    told, place = world.told[fact.actor], world.place[fact.actor]
+    if told.kind == "not":
+        asked, answer = told.thing, "no"
+    else:
+        asked = place if world.rng.random() < 0.5 else world.rng.choice([p for p in world.places if p != place])
+        answer = "maybe" if told.kind == "either" and asked in told.thing else "yes" if asked == told.thing else "no"
+    return f"Is {fact.actor} in the {asked}?", answer, [told]
+
+
+def dealings(world, actor):
+    """The facts in which an actor took, dropped, gave or received something."""
+    return [fact for fact in world.facts if fact.kind != "move" and actor in (fact.actor, fact.to)]
+
+
+def how_many(world, fact):
+    number = NUMBERS[len(world.held_by(fact.actor))]
+    return fact.kind != "move" and (f"How many objects is {fact.actor} carrying?", number, dealings(world, fact.actor))
+
+
+def what_is_carried(world, fact):
+    """The object that the actor handled first comes first, in the answer and in its support."""
+    facts = dealings(world, fact.actor)
+    things = list(dict.fromkeys(other.thing for other in facts))
+    carried = ",".join(thing for thing in things if world.where[thing] == fact.actor)
+    return fact.kind != "move" and (f"What is {fact.actor} carrying?", carried or "nothing",
+                                    sorted(facts, key=lambda other: things.index(other.thing)))
+
+
+def two_relations(rng):
+    """Task 4: three rooms in a row, told by two neighbourhoods, and a question about one of them."""
+    a, middle, b = rng.sample(PLACES, 3)
+    direction = rng.choice(list(OPPOSITE))  # from the middle to a
+    facts = [(a, direction, middle), (b, OPPOSITE[direction], middle)]
+    rng.shuffle(facts)
+    facts = [(z, OPPOSITE[d], x) if rng.random() < 0.35 else (x, d, z) for x, d, z in facts]
+    x, d, z = facts[i := rng.randrange(2)]
+    question = rng.choice([f"What is {d} of the {z}?", f"What is the {z} {OPPOSITE[d]} of?"])
+    return [*(Line(f"The {x} is {d} of the {z}.") for x, d, z in facts), Line(question, x, (i,))]
+
+
+HANDLE, TOWN = ("move", "get", "drop"), ("bedroom", "cinema", "kitchen", "office", "park", "school")
+TASKS = {
+    "qa1": lambda rng: tell_and_ask(World(rng, ["move"]), where_is_actor),
+    "qa2": lambda rng: tell_and_ask(World(rng, HANDLE), where_is_object),
+    "qa3": lambda rng: tell_and_ask(World(rng, HANDLE, get_there=0.2), where_was_object),
+    "qa4": two_relations,
+    "qa5": lambda rng: tell_and_ask(World(rng, (*HANDLE, "give"), ("Mary", "Fred", "Bill", "Jeff")), who_gave_what),
+    "qa6": lambda rng: tell_and_ask(World(rng, HANDLE), is_actor_there),
+    "qa7": lambda rng: tell_and_ask(World(rng, (*HANDLE, "give")), how_many),
+    "qa8": lambda rng: tell_and_ask(World(rng, HANDLE), what_is_carried),
+    "qa9": lambda rng: tell_and_ask(World(rng, ("move", "move", "is", "not")), is_actor_there),
+    "qa10": lambda rng: tell_and_ask(World(rng, ("move", "move", "is", "either"), ("Bill", "Fred", "Julie", "Mary"), TOWN), is_actor_there),
+}
+LABELS = {**dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), set(PLACES)), "qa5": {"Bill", "Fred", "Jeff", "Mary", *OBJECTS},
+          "qa6": {"yes", "no"}, "qa7": set(NUMBERS), "qa8": {"nothing", *OBJECTS}, "qa9": {"yes", "no"}, "qa10": {"yes", "no", "maybe"}}
+
+
+def simulate(task, rng):
+    """A story of a task, a list of Lines, drawn from a random.Random. Raises ValueError."""
+    if task not in TASKS:
+        raise ValueError(f"task={task} is not known: use one of {', '.join(TASKS)}")
+    return TASKS[task](rng)
+
+
+# --- Files
+
+def format_story(story):
+    """A story in the format of bAbI v1.2: numbered lines, a question with its answer and its supporting facts behind tabs."""
+    return "".join(f"{i} {line.text}" + (f" \t{line.answer}\t{' '.join(str(s + 1) for s in line.support)}" if line.answer else "") + "\n"
+                   for i, line in enumerate(story, 1))
+
+
+def read_lines(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {e.start}): convert it, for example with iconv -t UTF-8") from None
+
+
+def read_babi(path):
+    """The stories of a bAbI v1.2 file. Raises ValueError that names file and line."""
+    stories = []
+    for n, line in enumerate(read_lines(path), 1):
+        number, _, text = line.partition(" ")
+        next_number = len(stories[-1]) + 1 if stories else 1
+        if number not in ("1", str(next_number)) or not text.strip():
+            raise ValueError(f"{path}:{n}: expected a sentence numbered 1 (a new story) or {next_number}, not {line[:60]!r}")
+        stories += [[]] if number == "1" else []
+        text, *fields = text.split("\t")
+        support = fields[1].split() if len(fields) == 2 else ["?"] * len(fields)
+        if not all(s.isdecimal() and 1 <= int(s) < int(number) for s in support) or fields and not fields[0].strip():
+            raise ValueError(f"{path}:{n}: expected question, answer and numbers of earlier lines between tabs, not {line[:60]!r}")
+        stories[-1].append(Line(text.strip(), fields[0].strip() if fields else "", tuple(int(s) - 1 for s in support)))
+    return stories
+
+
+class Sample(NamedTuple):
+    context: tuple  # the sentences before the question
+    question: str
+    answer: str
+
+
+def samples(story):
+    """One Sample for each question of a story, with all facts before it; earlier questions are dropped, as in BABILong."""
+    return [Sample(tuple(fact.text for fact in story[:i] if not fact.answer), line.text, line.answer)
+            for i, line in enumerate(story) if line.answer]
+
+
+def read_babilong(path):
+    """Samples of a BABILong file: input, question, target in .json (a list), .jsonl or .csv. Raises ValueError that names the record."""
+    lines, kind, records = read_lines(path), Path(path).suffix, []
+    expected = "expected a record with input, question and target"
+    try:
+        if kind == ".json":
+            records = [(f"{path}: record {n}", record) for n, record in enumerate(json.loads("\n".join(lines)), 1)]
+        elif kind == ".csv":
+            csv.field_size_limit(1 << 30)  # a context of 128k tokens is longer than csv believes
+            reader = csv.DictReader(line + "\n" for line in lines)
+            records = [(f"{path}:{reader.line_num}", record) for record in reader]
+        else:
+            for line in lines:
+                records.append((f"{path}:{len(records) + 1}", json.loads(line)))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{len(records) + e.lineno}: {expected} as JSON ({e.msg})") from None
+    except (TypeError, csv.Error) as e:
+        raise ValueError(f"{path}:1: {expected}, in a list ({e})") from None
+    found = []
+    for place, record in records or [(f"{path}:1", None)]:
+        values = [record.get(key) for key in ("input", "question", "target")] if isinstance(record, dict) else [None]
+        if not all(isinstance(value, str) for value in values) or not values[1].strip() or not values[2].strip():
+            raise ValueError(f"{place}: {expected}")
+        found.append(Sample(tuple(split_sentences(values[0])), values[1].strip(), values[2].strip()))
+    return found
+
+
+def find_file(folder, task, length=""):
+    """The file of a task in a folder of bAbI, or with a length ("4k") in one of BABILong as RMT-team/babilong has it. Raises ValueError."""
+    if length:
+        places = [f"{task}/{length}", f"data/{task}/{length}", f"{length}/{task}"]
+        patterns = [f"{place}.{kind}" for place in places for kind in ("json", "jsonl", "csv")]
+    else:
+        patterns = [f"{task}_*test*.txt", f"{task}_*.txt"]
+    for pattern in patterns:
+        if files := sorted(Path(folder).glob(pattern)):
+            return files[0]
+    raise ValueError(f"{folder} has no file for {task}{' at ' + length if length else ''}: looked for {', '.join(patterns)}")
+
+
+def parse_length(text):
+    """Tokens of a length: "0k" -> 0, "512" -> 512, "4k" -> 4000, "1M" -> 1000000. Raises ValueError."""
+    match = re.fullmatch(r"(\d+)([kM]?)", text)
+    if not match:
+        raise ValueError(f"length {text!r} is not known: use for example 0k, 512, 4k or 1M")
+    return int(match[1]) * {"": 1, "k": 1000, "M": 1_000_000}[match[2]]
+
+
+def is_correct(output, sample_answer, question, labels):
+    """BABILong's rule: the labels in the output's first sentence, but for those in the question, are the expected ones and no other.
+    "one" in "none" does not count (the original could never score "none")."""
+    pattern = "|".join(labels).lower()
+    first_sentence = re.split(r"\.|<context>|<example>", output.lower())[0]
+    return set(re.findall(pattern, first_sentence)) - set(re.findall(pattern, question.lower())) == set(sample_answer.lower().split(","))
+
+
+# --- Haystack and batches
+
+def split_sentences(text, longest=500):
+    """The sentences of a text in which all whitespace became single spaces; what has no end within so many characters is cut."""
+    sentences = re.split(r"(?<=[.!?]) ", " ".join(text.split()))
+    return [part for s in sentences if s for part in (textwrap.wrap(s, longest, break_on_hyphens=False) if len(s) > longest else [s])]
+
+
+def join(pieces):
+    """Arrays of ids -> all of them in one, and where each begins."""
+    sizes = [len(piece) for piece in pieces]
+    return np.concatenate(pieces), np.cumsum(sizes) - sizes
+
+
+class Haystack:
+    def __init__(self, text, tokenizer):
+        """The sentences of a text, tokenized once, each with a space in front. Raises ValueError where there is none."""
+        encoded = [tokenizer.encode(" " + sentence) for sentence in split_sentences(text)]
+        if not encoded:
+            raise ValueError("the text to hide facts in has no sentence: give it some text")
+        self.ids = np.concatenate(encoded).astype(np.int32)
+        self.starts = np.cumsum([0] + [len(ids) for ids in encoded[:-1]])
+
+    def mix(self, pieces, length, rng):
+        """
+        Hide pieces (arrays of ids) between the sentences of a random stretch of the text, in order and uniformly; the last one ends it.
+        rng: a NumPy Generator -> ids (length,), and where each piece begins. The stretch goes round the end of the text, and its first
+        sentence lacks as much of its beginning as makes the length exact. No text where the pieces have `length` tokens or more.
+        """
+        joined, offsets = join(pieces)
+        n = length - len(joined)
+        if n <= 0:
+            return joined, offsets
+        n_tokens, n_sentences = len(self.ids), len(self.starts)
+        # count sentences and tokens through as many repetitions of the text as the stretch needs; it ends before sentence `last`
+        last = -(-n // n_tokens) * n_sentences + int(rng.integers(n_sentences))
+        end = last // n_sentences * n_tokens + self.starts[last % n_sentences]
+        lap, begin = divmod(end - n, n_tokens)
+        first = lap * n_sentences + np.searchsorted(self.starts, begin)  # the first whole sentence
+        borders = np.append(np.sort(rng.integers(first, last, size=len(pieces) - 1, endpoint=True)), last)
+        cuts = borders // n_sentences * n_tokens + self.starts[borders % n_sentences] - (end - n)
+        text = self.ids[np.arange(end - n, end) % n_tokens]
+        parts, done = [], 0
+        for cut, piece in zip(cuts.tolist(), pieces):
+            parts += text[done:cut], piece
+            done = cut
+        return np.concatenate(parts), cuts + offsets
+
+
+@lru_cache(1 << 16)  # sentences of the simulator are finite in number
+def encode_text(text, tokenizer):
+    return np.array(tokenizer.encode(" " + text), dtype=np.int32)
+
+
+def encode_line(line, tokenizer):
+    """Ids of " Mary moved to the bathroom.", or of a question and its answer " Where is Mary? bathroom." -> ids, tokens of the answer."""
+    if not line.answer:
+        return encode_text(line.text, tokenizer), 0
+    answer = encode_text(line.answer + ".", tokenizer)
+    return np.concatenate([encode_text(line.text, tokenizer), answer]), len(answer)
+
+
+def training_row(tasks, limit, tokenizer, rng):
+    """A task, and the encoded lines of one of its stories up to the last question within `limit` tokens. Raises ValueError."""
+    for _ in range(1000):
+        task = rng.choice(tasks)
+        lines = [encode_line(line, tokenizer) for line in simulate(task, rng)]
+        total = np.cumsum([len(ids) for ids, _ in lines])
+        fitting = [i for i, (_, n_answer) in enumerate(lines) if n_answer and total[i] <= limit]
+        if fitting:
+            return task, lines[:fitting[-1] + 1]
+    raise ValueError(f"no story of {', '.join(tasks)} has a question within {limit} tokens: use a greater length")
+
+
+BARE_TOKENS = 256  # of a bare story in training, at most: it is cut behind the last question that fits
+
+
+def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, rank=0):
+    """
+    Stories with questions and answers in place, mixed to `length` tokens (0: bare stories of up to BARE_TOKENS, haystack unused),
+    a pure function of its arguments -> x, y (batch_size, L) int64 and the task of each row. y is the next token where that belongs to
+    an answer, and -1 elsewhere; L is a multiple of 64. Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
+    """
+    rows, names = [], []
+    for row in range(rank * batch_size, (rank + 1) * batch_size):
+        rng = np.random.default_rng([seed, step, row])
+        task, lines = training_row(tasks, length or BARE_TOKENS, tokenizer, random.Random(int(rng.integers(1 << 62))))
+        pieces = [ids for ids, _ in lines]
+        ids, starts = haystack.mix(pieces, length, rng) if length else join(pieces)
+        names.append(task)
+        rows.append((ids, [(start + len(piece) - n, start + len(piece)) for start, (piece, n) in zip(starts, lines) if n]))
+    width = -(-max(len(ids) for ids, _ in rows) // 64) * 64
+    x, y = np.zeros((batch_size, width), dtype=np.int64), np.full((batch_size, width), -1)
+    for i, (ids, answers) in enumerate(rows):
+        x[i, :len(ids)] = ids
+        for start, end in answers:
+            y[i, start - 1:end - 1] = ids[start:end]
+    return torch.from_numpy(x), torch.from_numpy(y), names
+
+
+def evaluation_sample(sample, length, haystack, tokenizer, rng):
+    """The facts of a sample hidden in text, its question at the end, `length` tokens in all (0: no text) -> ids, an int array."""
+    pieces = [encode_text(sentence, tokenizer) for sentence in (*sample.context, sample.question)]
+    return haystack.mix(pieces, length, rng)[0] if length else join(pieces)[0]
+
+
+@dataclass
+class Config:
+    task: str = "qa1"  # qa1 to qa10
+    seed: int = 1      # of the story
+
+
+if __name__ == "__main__":
+    import configurator
+    config, _ = configurator.parse(Config, "Print a story of a bAbI task.")
+    with configurator.user_errors():
+        print(format_story(simulate(config.task, random.Random(config.seed))), end="")

@@ -1,0 +1,115 @@
+"""
+Stories as train.py sees them: batches of BABILong's tasks at the current length of a curriculum, and their accuracy.
+
+The curriculum moves on to the next length when the current one is learned, or when half of the updates that were left are spent. Part
+of the batches rehearse the shorter lengths.
+"""
+import random
+
+import numpy as np
+import torch
+
+from data import tokenizer as tokenizers
+from data.babilong import (TASKS, Haystack, evaluation_sample, parse_length, samples, simulate, training_batch)
+from data.text import read_text
+
+REHEARSE = 0.3  # share of the batches from shorter lengths
+LESSONS = 400  # stories of each task that the tokenizer sees
+
+
+class Stories:
+    columns = ("length", "val_loss", "accuracy")
+
+    def __init__(self, tasks, lengths, train, val, tokenizer, meta):
+        """tasks: names; lengths in tokens, in the order of the curriculum; train and val: Haystack."""
+        self.tasks, self.lengths, self.train, self.val, self.tokenizer, self.meta = tasks, lengths, train, val, tokenizer, meta
+        self.columns = ("length", "val_loss", "accuracy", *tasks)
+        self.place = [0, 0]  # in the curriculum: which length, and the update in which it began
+
+    def draw(self, haystack, length, config, seed, step, part):
+        """As many rows as fit into batch_size * n_segments * block_size tokens -> inputs, targets (rows, length), task of each row."""
+        rows = max(1, config.batch_size * config.n_segments * config.block_size // (length or 128)  # 128: about as long as most bare stories)
+        return training_batch(self.tasks, length, haystack, self.tokenizer, rows, seed, step, part)
+
+    def batch(self, config, step, part):
+        """Inputs and targets (rows, length) of one part of an update; targets are -1 but for answers."""
+        rng = np.random.default_rng([config.seed, step])
+        stage = int(rng.integers(self.place[0] + 1)) if rng.random() < REHEARSE else self.place[0]
+        return self.draw(self.train, self.lengths[stage], config, config.seed, step, part)[:2]
+
+    @torch.no_grad()
+    def evaluate(self, model, config, device):
+        """
+        Loss and accuracy on stories at the current length, in text that training never sees. An answer is right when each of its tokens
+        is the likeliest one (eval_babilong.py lets the model write instead).
+        """
+        length, total, right = self.lengths[self.place[0]], 0.0, {task: [] for task in self.tasks}
+        for step in range(config.eval_iters):
+            x, y, tasks = self.draw(self.val, length, config, config.seed + 1, step, 0)
+            logits, loss, _ = model(x.to(device), y.to(device))
+            total += loss.item()
+            for task, hits in zip(tasks, answers(logits.argmax(-1).cpu(), y)):
+                right[task] += hits
+        accuracy = {task: float(np.mean(hits)) for task, hits in right.items() if hits}
+        return {"length": length, "val_loss": total / config.eval_iters, "accuracy": float(np.mean(list(accuracy.values()))), **accuracy}
+
+    def report(self, row):
+        """An evaluation in words."""
+        accuracy = " ".join(f"{task} {row[task]:.3f}" for task in self.tasks if task in row)
+        return f"{row['length']} tokens: validation loss {row['val_loss']:.4f}, accuracy {row['accuracy']:.3f} ({accuracy})"
+
+    def advance(self, step, row, config):
+        """Move on to the next length if this one is learned or half of the updates that were left are spent -> whether it did."""
+        stage, since = self.place
+        spent = 2 * (step - since) >= config.max_iters - since
+        if stage == len(self.lengths) - 1 or step == since or not spent and row["accuracy"] < config.advance_at:
+            return False
+        self.place = [stage + 1, step]
+        return True
+
+    def example(self, model, device):
+        """A story, its question and the model's answer."""
+        rng = np.random.default_rng(0)
+        sample = samples(simulate(self.tasks[0], random.Random(0)))[-1]
+        prompt = torch.tensor(evaluation_sample(sample, 0, self.val, self.tokenizer, rng)[None].astype(np.int64), device=device)
+        answer = self.tokenizer.decode(model.generate(prompt, 8, temperature=0)[0, prompt.size(1):].tolist())
+        return f"{' '.join(sample.context)} {sample.question}{answer.split('.')[0]}. (right: {sample.answer})"
+
+
+def answers(found, y):
+    """found, y (rows, L): likeliest tokens and targets, -1 between answers -> for each row, whether each answer is right."""
+    result = []
+    for hits, asked in zip((found == y).numpy(), (y != -1).numpy()):
+        edges = np.flatnonzero(np.diff(asked, prepend=False, append=False))  # an answer begins, ends, begins ...
+        result.append([bool(hits[a:b].all()) for a, b in zip(edges[::2], edges[1::2])])
+    return result
+
+
+def tokenizer_text(text):
+    """What a tokenizer learns from: the text, and stories of all tasks, so that their words become tokens."""
+    rng = random.Random(0)
+    lessons = (simulate(task, rng) for task in TASKS for _ in range(LESSONS))
+    return text + "".join(f"\n {line.text} {line.answer}." for story in lessons for line in story)
+
+
+def split(text):
+    """A corpus in two: the text around the facts in training, and in evaluation."""
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
+def prepare(config):
+    """The Stories of a TrainConfig. Raises ValueError or OSError, one line that says what to do."""
+    tasks = config.tasks.split(",")
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task {task} in tasks={config.tasks} is not known: use {', '.join(TASKS)}")
+    lengths = [parse_length(length) for length in config.lengths.split(",")]
+    text, sha, source, _ = read_text(config.corpus)
+    train, val = split(text)
+    seen = tokenizer_text(text if config.tokenizer == "char" else train)
+    tokenizer = tokenizers.build(config.tokenizer, seen, config.vocab_size)
+    train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
+    meta = {"source": source, "sha256": sha, "tokenizer": config.tokenizer, "vocab_size": tokenizer.n_vocab,
+            "tokens": {"train": len(train.ids), "val": len(val.ids)}}
+    return Stories(tasks, lengths, train, val, tokenizer, meta)
