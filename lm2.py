@@ -312,7 +312,7 @@ class LM2(nn.Module):
     def init_weights(self):
         """
         embedding              normal, std 0.5
-        head, wo, w_down, w_v  zero: the first loss is log(vocab_size); attention, MLP and memory add nothing at first
+        head, memory's w_v     zero: the first loss is log(vocab_size), and memory adds nothing at first
         gates (w_in, ...)      zero matrices, so that they start at their biases: input 0 (half open); forget +2 (0.88), so that memory
                                lives long enough to be learned; output -4 (0.02), so that the model opens it where memory helps
         slots (queries)        normal, std 1
@@ -323,7 +323,7 @@ class LM2(nn.Module):
             *_, kind, last = name.split(".")
             if last == "bias":
                 p.fill_(biases[kind])
-            elif kind in ("head", "wo", "w_down", "w_v", *biases):
+            elif kind in ("head", "w_v", *biases):
                 p.zero_()
             elif p.ndim == 1:
                 p.fill_(1.0)

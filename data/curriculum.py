@@ -28,7 +28,8 @@ class Stories:
 
     def draw(self, haystack, length, config, seed, step, part):
         """As many rows as fit into batch_size * n_segments * block_size tokens -> inputs, targets (rows, length), task of each row."""
-        rows = max(1, config.batch_size * config.n_segments * config.block_size // (length or 128)  # 128: about as long as most bare stories)
+        usual = length or 128  # most bare stories are about as long
+        rows = max(1, config.batch_size * config.n_segments * config.block_size // usual)
         return training_batch(self.tasks, length, haystack, self.tokenizer, rows, seed, step, part)
 
     def batch(self, config, step, part):
