@@ -109,7 +109,7 @@ def lr_factor(step, config):
 def plot_losses(rows, columns, path):
     """loss.png: the loss of each batch and what was evaluated, over the updates."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for column in ("loss", *columns):
+    for column in ("loss", *(c for c in columns if c != "length")):
         points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
         if points:
             style = dict(lw=0.5, color="0.7") if column == "loss" else dict(marker="o")
@@ -229,8 +229,9 @@ def main():
             for optimizer, state in zip(optimizers, ckpt["optimizers"]):
                 optimizer.load_state_dict(state)
     model = torch.compile(raw_model) if config.compile else raw_model
-    if world > 1:  # with one segment nothing reads what was written, so the write has no gradient
-        model = DistributedDataParallel(model, find_unused_parameters=config.memory == "lm2" and config.n_segments == 1)
+    if world > 1:  # with one segment, or a short story, nothing reads what was written, so the write has no gradient
+        unused = config.memory == "lm2" and (config.n_segments == 1 or config.dataset == "babilong")
+        model = DistributedDataParallel(model, find_unused_parameters=unused)
     parameters = sum(p.numel() for p in raw_model.parameters())
     if master:
         print(f"{corpus.meta['source']} (sha256 {corpus.meta['sha256'][:12]}), {corpus.meta['tokens']['train']:,} training and "

@@ -29,8 +29,7 @@ class Line(NamedTuple):
     support: tuple = ()  # of a question: places in the story, from 0, of the facts that support the answer
 
 
-# --- The simulator. Actors walk between places, objects are taken, dropped and given, and each task asks something else about it.
-# --- Its rules (which events are how likely, what may be asked when) are those of the original files, found by counting.
+# --- The simulator. Its rules (which events are how likely, what may be asked when) were found by counting in the original files.
 
 ACTORS = ("John", "Mary", "Sandra", "Daniel")  # gifts prefer the first
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 
 from data import tokenizer as tokenizers
-from data.babilong import (TASKS, Haystack, evaluation_sample, parse_length, samples, simulate, training_batch)
+from data.babilong import TASKS, Haystack, evaluation_sample, parse_length, samples, simulate, training_batch
 from data.text import read_text
 
 REHEARSE = 0.3  # share of the batches from shorter lengths
-LESSONS = 400  # stories of each task that the tokenizer sees
+LESSONS = 400   # stories of each task that the tokenizer sees
 
 
 class Stories:
-    columns = ("length", "val_loss", "accuracy")
+    """Stories as train.py sees them, in the same form as Corpus of data/text.py."""
 
     def __init__(self, tasks, lengths, train, val, tokenizer, meta):
         """tasks: names; lengths in tokens, in the order of the curriculum; train and val: Haystack."""
         self.tasks, self.lengths, self.train, self.val, self.tokenizer, self.meta = tasks, lengths, train, val, tokenizer, meta
-        self.columns = ("length", "val_loss", "accuracy", *tasks)
+        self.columns = ("length", "val_loss", "accuracy", *tasks)  # of an evaluation
         self.place = [0, 0]  # in the curriculum: which length, and the update in which it began
 
     def draw(self, haystack, length, config, seed, step, part):

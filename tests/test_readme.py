@@ -21,10 +21,10 @@ def test_files_and_presets_it_names_are_there():
 
 
 def test_assignments_name_functions_and_tests_that_exist():
-    source = (REPO / "lm2.py").read_text() + (REPO / "train.py").read_text()
+    source = (REPO / "lm2.py").read_text() + (REPO / "train.py").read_text() + (REPO / "rmt.py").read_text()
     tests = "".join(path.read_text() for path in REPO.glob("tests/test_*.py"))
     rows = re.findall(r"^\| [\w: ]+ \| (`.+) \| (`.+) \|$", README.split("## Use it in a course")[1], re.M)
-    assert len(rows) == 8
+    assert len(rows) == 9
     for functions, guides in rows:
         for name in re.findall(r"`(?:\w+\.)?(\w+)`", functions):
             assert f"def {name}(" in source, name
