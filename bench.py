@@ -11,7 +11,7 @@ import random
 import re
 import time
 from dataclasses import dataclass
-from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from data.text import get_batch, read_text
 from data.tokenizer import atomic_open, build
 from lm2 import LM2Config
 
-PARTS = ("training", "generation", "reading", "data")
+PARTS = ("training", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
          "cuda": [dict(n_layer=6, n_head=6, n_embd=384, block_size=256), dict(n_layer=12, n_head=12, n_embd=768, block_size=512)]}
 TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training update
@@ -39,6 +39,7 @@ class BenchConfig:
     parts: str = ",".join(PARTS)  # what to measure, as in training,data
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest context that is read
+    corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     csv: str = ""                 # file for the figures
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"           # auto (the faster), float32 or bfloat16
@@ -83,7 +84,7 @@ def training_flops(model):
 
 
 def update(model, context, idx):
-    """A function that makes one whole update: forward, backward and optimizers."""
+    """A function that makes a whole update: forward, backward and optimizers."""
     optimizers = model.configure_optimizers(0.02, 2e-3, 0.0, idx.device.type)
 
     def job():
@@ -145,45 +146,32 @@ class Bench:
             return {name: f"{pool.apply(peak_memory, (make_job, config, self.dtype, self.device, shape)):,.0f} MiB"
                     for name, config in rivals(size).items()}
 
+    def rate(self, make_job, model, idx):
+        """Tokens per second of a job: a function that runs it once."""
+        job = make_job(model, self.context, idx)
+        return lambda: idx.numel() / timed(job, self.device)
+
     def training(self):
         """Whole updates, their peak memory, and the share of the hardware's matmul peak (MFU)."""
-        for size in SIZES[self.kind]:
-            for segments in (1, 4, 16):
-                length = segments * size["block_size"]
-                shape = (max(1, TOKENS[self.kind] // length), length)
-                idx, models, memory = torch.randint(VOCAB, shape, device=self.device), self.models(size), self.memory(update, size, shape)
-                jobs = {name: partial(timed, update(model, self.context, idx), self.device) for name, model in models.items()}
-                rates = {name: lambda job=job: idx.numel() / job() for name, job in jobs.items()}
-                self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s", rates,
-                             lambda name, rate: f"{memory[name]}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
-
-    def generation(self):
-        """The first token, and those after it, batch 1."""
-        def rate(model, idx):
-            with self.context:
-                stream = model.stream(idx, 101)
-                next(stream)
-                return 100 / timed(lambda: list(stream), self.device)
-
-        for length in (64, 1024, 16384):
-            idx, models = torch.randint(VOCAB, (1, length), device=self.device), self.models(SIZES[self.kind][0])
-            self.compare(f"first token, prompt of {length}", "ms",
-                         {name: lambda job=read(model, self.context, idx): 1000 * timed(job, self.device) for name, model in models.items()})
-            self.compare(f"generation, prompt of {length}", "tokens/s", {name: partial(rate, model, idx) for name, model in models.items()})
+        for size, segments in product(SIZES[self.kind], (1, 4, 16)):
+            length = segments * size["block_size"]
+            shape = (max(1, TOKENS[self.kind] // length), length)
+            idx, models, memory = torch.randint(VOCAB, shape, device=self.device), self.models(size), self.memory(update, size, shape)
+            self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
+                         {name: self.rate(update, model, idx) for name, model in models.items()},
+                         lambda name, rate: f"{memory[name]}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
 
     def reading(self):
         """A long context, batch 1."""
-        for length in (1024, 4096, 16384, 65536, 131072):
-            if length <= self.config.max_length:
-                size, idx = SIZES[self.kind][0], torch.randint(VOCAB, (1, length), device=self.device)
-                memory = self.memory(read, size, (1, length))
-                jobs = {name: partial(timed, read(model, self.context, idx), self.device) for name, model in self.models(size).items()}
-                self.compare(f"reading {length} tokens", "tokens/s", {name: lambda job=job: length / job() for name, job in jobs.items()},
-                             lambda name, rate: memory[name])
+        for length in (n for n in (1024, 4096, 16384, 65536, 131072) if n <= self.config.max_length):
+            size, idx = SIZES[self.kind][0], torch.randint(VOCAB, (1, length), device=self.device)
+            memory = self.memory(read, size, (1, length))
+            self.compare(f"reading {length} tokens", "tokens/s", {name: self.rate(read, model, idx) for name, model in self.models(size).items()},
+                         lambda name, rate: memory[name])
 
     def data(self):
         """The data path, on one core: text batches, stories in a haystack."""
-        text, rng = read_text("shakespeare")[0][:200_000], np.random.default_rng(0)
+        text, rng = read_text(self.config.corpus)[0][:200_000], np.random.default_rng(0)
         tokenizer = build("bpe", tokenizer_text(text), VOCAB)
         haystack = Haystack(text, tokenizer)
         pieces = [encode_line(line, tokenizer)[0] for line in simulate("qa2", random.Random(0))]

@@ -53,11 +53,12 @@ def checkout(tmp_path_factory):
 @pytest.fixture
 def call(checkout, monkeypatch, capsys):
     """Call a program's main() in this process, which is faster than a new one -> exit code, standard output, standard error."""
+    import bench
     import data.text
     import eval_babilong
     import sample
     import train
-    programs = {"train.py": train, "sample.py": sample, "eval_babilong.py": eval_babilong}
+    programs = {"train.py": train, "sample.py": sample, "eval_babilong.py": eval_babilong, "bench.py": bench}
 
     def run(program, *args):
         monkeypatch.chdir(checkout.folder)
