@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import SMALL, TEXT
 
+import checkpoint
 from data import tokenizer as tokenizers
 from data.babilong import Haystack
 from data.curriculum import Stories, answers, split, tokenizer_text
+from lm2 import LM2
+from rmt import RMT
 
 CONFIG = SimpleNamespace(batch_size=4, n_segments=2, block_size=64, seed=1, eval_iters=2, max_iters=100, advance_at=0.9)
 BABILONG = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1,qa6", "--lengths=0k,256"]
@@ -81,6 +84,8 @@ def test_evaluation_hides_facts_in_text_that_training_never_sees(stories):
     assert train + val == TEXT
     assert data.tokenizer.decode(data.val.ids.tolist()).split() == val.split()
     assert data.tokenizer.decode(data.train.ids.tolist()).split() == train.split()
+    data.train = None
+    data.evaluate(Oracle(data.tokenizer.n_vocab, 1), CONFIG, "cpu")
 
 
 def test_training_on_stories_resumes_bit_for_bit_across_a_change_of_length(checkout):
@@ -106,6 +111,8 @@ def test_match_params_widens_the_mlp_to_the_size_of_a_run(checkout, call, memory
     assert code == 0, err
     wanted, found = (json.loads((checkout.folder / "out" / name / "config.json").read_text())["parameters"] for name in ("wanted", f"as-large-{memory}"))
     assert abs(found - wanted) <= 0.02 * wanted
+    model, _, _ = checkpoint.load(checkout.folder / "out" / f"as-large-{memory}", "cpu")
+    assert type(model) is (RMT if memory == "rmt" else LM2)
 
 
 @pytest.mark.parametrize("flag, message", [

@@ -12,8 +12,8 @@ from conftest import SMALL, TEXT
 import eval_babilong
 from data import tokenizer as tokenizers
 from data.babilong import Haystack, Sample, encode_text, evaluation_sample, format_story, simulate
-from data.curriculum import tokenizer_text
-from eval_babilong import EvalConfig, average, bm25, evaluate, questions, retrieve, rows_by_length, write_answers
+from data.curriculum import split, tokenizer_text
+from eval_babilong import EvalConfig, average, bm25, describe, evaluate, questions, retrieve, rows_by_length, write_answers
 
 TOKENIZER = tokenizers.build("char", tokenizer_text(TEXT), 0)
 
@@ -66,6 +66,12 @@ def test_all_models_get_the_same_questions():
     assert questions(config, "qa2", "1k") == questions(config, "qa2", "1k") != questions(config, "qa2", "2k")
 
 
+def test_facts_are_hidden_in_text_that_training_never_saw(checkout, run, monkeypatch):
+    monkeypatch.chdir(checkout.folder)
+    _, tokenizer, haystack, _ = describe(run, EvalConfig(runs=[run], device="cpu"))
+    assert tokenizer.decode(haystack.ids.tolist()).split() == split(TEXT)[1].split()
+
+
 def test_bm25_by_hand():
     sentences = ["Mary went to the office.", "The cat sat.", "The milk is in the office of Mary."]
     idf = lambda n: math.log(1 + (3 - n + 0.5) / (n + 0.5))
@@ -75,9 +81,9 @@ def test_bm25_by_hand():
 
 
 def test_rag_keeps_the_nearest_sentences_in_order_and_the_question():
-    sample = Sample(("Mary went to the office.", "John took the milk.", "Mary moved to the garden."), "Where is Mary?", "garden")
+    sample = Sample(("Mary went back to the old office there.", "John took the milk.", "Mary moved to the garden."), "Where is Mary?", "garden")
     ids = evaluation_sample(sample, 1500, Haystack(TEXT, TOKENIZER), TOKENIZER, np.random.default_rng(0))
-    assert TOKENIZER.decode(retrieve(ids, sample, 2, TOKENIZER).tolist()) == " Mary went to the office. Mary moved to the garden. Where is Mary?"
+    assert TOKENIZER.decode(retrieve(ids, sample, 2, TOKENIZER).tolist()) == " Mary went back to the old office there. Mary moved to the garden. Where is Mary?"
     assert len(retrieve(ids, sample, 10_000, TOKENIZER)) >= len(ids) - 1, "K beyond the context keeps all of it"
 
 
