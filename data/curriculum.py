@@ -111,6 +111,8 @@ def prepare(config):
     seen = tokenizer_text(text if config.tokenizer == "char" else train)
     tokenizer = tokenizers.build(config.tokenizer, seen, config.vocab_size)
     train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
+    for length in lengths:
+        training_batch(tasks, length, train, tokenizer, 1, config.seed, 0)  # a length that no story fits into is told now
     meta = {"source": source, "sha256": sha, "tokenizer": config.tokenizer, "vocab_size": tokenizer.n_vocab,
             "tokens": {"train": len(train.ids), "val": len(val.ids)}}
     return Stories(tasks, lengths, train, val, tokenizer, meta)

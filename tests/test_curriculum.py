@@ -118,6 +118,7 @@ def test_match_params_widens_the_mlp_to_the_size_of_a_run(checkout, call, memory
 @pytest.mark.parametrize("flag, message", [
     ("--tasks=qa1,qa11", "task qa11 in tasks=qa1,qa11 is not known"),
     ("--lengths=0k,long", "long"),
+    ("--lengths=0k,9", "within 9 tokens"),
     ("--corpus=nowhere.txt", "nowhere.txt is not there"),
     ("--match_params=out/nothing", "is not the folder of a run"),
 ])
