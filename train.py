@@ -272,7 +272,7 @@ def main():
                 if row["val_loss"] < best:
                     checkpoint.save(out_dir / "best.pt", raw_model, step=step, val_loss=row["val_loss"])
             best = min(best, row["val_loss"])
-            if corpus.advance(step, row, config):
+            if step < config.max_iters and corpus.advance(step, row, config):
                 best = math.inf  # losses at another length do not compare
             if master:
                 save()

@@ -102,6 +102,11 @@ def test_training_on_stories_resumes_bit_for_bit_across_a_change_of_length(check
     assert set(rows[0][3]) >= {"length", "accuracy", "qa1", "qa6"}
 
 
+def test_run_that_ends_does_not_move_on(call):
+    code, out, err = call("train.py", *BABILONG, *SMALL, "--advance_at=0", "--max_iters=1", "--out_dir=out/short", "--overwrite")
+    assert code == 0 and "The best model (validation loss inf" not in out, err
+
+
 @pytest.mark.parametrize("memory", ["rmt", "none"])
 def test_match_params_widens_the_mlp_to_the_size_of_a_run(checkout, call, memory):
     code, _, err = call("train.py", *BABILONG, *SMALL, "--n_embd=32", "--max_iters=0", "--out_dir=out/wanted", "--overwrite")
