@@ -78,7 +78,7 @@ def matmul_peak(dtype, device):
 
 
 def training_flops(model):
-    """Floating point operations of training on one token: 6 for each parameter, and those of attention (PaLM, appendix B)."""
+    """Floating point operations of training on one token: 6 a parameter, and attention to block_size tokens (PaLM, appendix B)."""
     c = model.config
     return 6 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embedding")) + 12 * c.n_layer * c.n_embd * c.block_size
 

@@ -57,7 +57,7 @@ def parse(cls, description, argv=None):
         default = "" if f.default is MISSING else f" (default {f.default!r})"
         text = (texts.get(name, "") + default).replace("%", "%%")
         if f.type is list:  # the arguments without a key
-            parser.add_argument(name, nargs="*", default=MISSING, help=texts.get(name, ""))
+            parser.add_argument(name, nargs="*", default=MISSING, help=text)
             continue
         boolean = {"nargs": "?", "const": True} if f.type is bool else {}
         parser.add_argument(f"--{name}", metavar=f.type.__name__, default=MISSING, **boolean, help=text)

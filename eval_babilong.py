@@ -31,8 +31,8 @@ import checkpoint
 from configurator import parse, user_errors
 from data.babilong import (LABELS, TASKS, Haystack, Line, encode_line, evaluation_sample, find_file, is_correct, parse_length, read_babi,
                            read_babilong, samples, simulate, split_sentences)
-from data.curriculum import split
-from data.text import read_text
+from data.curriculum import parse_tasks
+from data.text import read_text, split
 from data.tokenizer import atomic_open, write_json
 
 PAPER = Path(__file__).parent / "docs" / "paper_table.csv"  # Table 1 of the LM2 paper, arXiv 2502.06049
@@ -66,9 +66,7 @@ class EvalConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         if self.babi_dir and self.babilong_dir:
             raise ValueError("babi_dir and babilong_dir exclude each other: choose one")
-        for task in self.tasks.split(","):
-            if task not in TASKS:
-                raise ValueError(f"task {task} in tasks={self.tasks} is not known: use {', '.join(TASKS)}")
+        parse_tasks(self.tasks)
         for length in self.lengths.split(","):
             parse_length(length)
 
@@ -226,13 +224,13 @@ def load_results(path, config, source):
         return {"source": source, "seed": config.seed, "runs": {}}
     try:
         results = json.loads(path.read_text())
-        found = {"source": results["source"], "seed": results["seed"]}
+        found = {key: results[key] for key in ("source", "seed", "runs")}
     except (ValueError, KeyError):
         raise ValueError(f"{path} is damaged: delete it, or use another --out_dir") from None
     for key, wanted in (("source", source), ("seed", config.seed)):
         if found[key] != wanted:
             raise ValueError(f"{path} holds answers for {key}={found[key]}, not {wanted}: use another --out_dir")
-    return results
+    return found
 
 
 def main():

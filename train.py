@@ -262,7 +262,7 @@ def main():
     while True:
         row = {"step": step}
         if step % config.eval_interval == 0 or step == config.max_iters:
-            raw_model.eval()
+            raw_model.eval()  # in every process, since the curriculum moves on in all of them
             with context:
                 row |= corpus.evaluate(raw_model, config, device)
             raw_model.train()

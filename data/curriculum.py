@@ -11,7 +11,7 @@ import torch
 
 from data import tokenizer as tokenizers
 from data.babilong import TASKS, Haystack, evaluation_sample, parse_length, samples, simulate, training_batch
-from data.text import read_text
+from data.text import read_text, split
 
 REHEARSE = 0.3  # share of the batches from shorter lengths
 LESSONS = 400   # stories of each task that the tokenizer sees
@@ -93,18 +93,18 @@ def tokenizer_text(text):
     return text + "".join(f"\n {line.text} {line.answer}." for story in lessons for line in story)
 
 
-def split(text):
-    """A corpus in two: the text around the facts in training, and in evaluation."""
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
+def parse_tasks(text):
+    """The tasks of "qa1,qa2". Raises ValueError."""
+    tasks = text.split(",")
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"task {task} in tasks={text} is not known: use {', '.join(TASKS)}")
+    return tasks
 
 
 def prepare(config):
     """The Stories of a TrainConfig. Raises ValueError or OSError, one line that says what to do."""
-    tasks = config.tasks.split(",")
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"task {task} in tasks={config.tasks} is not known: use {', '.join(TASKS)}")
+    tasks = parse_tasks(config.tasks)
     lengths = [parse_length(length) for length in config.lengths.split(",")]
     text, sha, source, _ = read_text(config.corpus)
     train, val = split(text)

@@ -182,6 +182,12 @@ def encode_to_file(tokenizer, text, path, dtype, lines_at_once=20_000):
     return count
 
 
+def split(text):
+    """A text in two, 90% to train on and 10% to evaluate on."""
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
+
+
 def prepare(dataset, kind="char", vocab_size=1024):
     """
     The Corpus of a dataset under a tokenizer (char, bpe with vocab_size tokens, gpt2), made on first use and kept.
@@ -195,12 +201,12 @@ def prepare(dataset, kind="char", vocab_size=1024):
     except (OSError, ValueError, KeyError):
         fresh = False
     if not fresh:
-        split = int(0.9 * len(text))
-        tokenizer = tokenizers.build(kind, text[:split] if kind == "bpe" else text, vocab_size)
+        train, val = split(text)
+        tokenizer = tokenizers.build(kind, train if kind == "bpe" else text, vocab_size)
         dtype = "uint16" if tokenizer.n_vocab <= 1 << 16 else "uint32"
         (folder / "meta.json").unlink(missing_ok=True)  # from here to the end the folder is not whole
         tokens = {name: encode_to_file(tokenizer, part, folder / f"{name}.bin", dtype)
-                  for name, part in (("train", text[:split]), ("val", text[split:]))}
+                  for name, part in (("train", train), ("val", val))}
         write_json(folder / "tokenizer.json", tokenizer.to_json())
         meta = {"source": source, "sha256": sha, "tokenizer": kind, "vocab_size": tokenizer.n_vocab, "dtype": dtype, "tokens": tokens}
         write_json(folder / "meta.json", meta)

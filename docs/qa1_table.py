@@ -1,5 +1,5 @@
 """
-The README's table of the claim: `python docs/qa1_table.py`.
+The table of the claim, for the README: `python docs/qa1_table.py`.
 
 Trains config/babilong_qa1.toml as LM2, as RMT and as the decoder without memory (window and full attention), three seeds each, one core
 a run, all with as many parameters as LM2 and on the same data; evaluates them and RAG on the full-attention decoder; prints mean and

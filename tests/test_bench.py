@@ -19,11 +19,10 @@ def test_rivals_share_a_size_and_differ_in_memory_alone():
     assert {(c.n_layer, c.n_embd, c.block_size) for c in configs.values()} == {(2, 16, 8)}
 
 
-def test_an_update_trains(monkeypatch):
+def test_an_update_trains():
     model = LM2(LM2Config(bench.VOCAB, **SIZE))
     before = [p.clone() for p in model.parameters()]
-    with torch.random.fork_rng():
-        job = update(model, torch.autocast("cpu", enabled=False), torch.randint(bench.VOCAB, (2, 16)))
+    job = update(model, torch.autocast("cpu", enabled=False), torch.randint(bench.VOCAB, (2, 16)))
     for _ in range(3):
         job()
     assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before)) > len(before) / 2

@@ -11,7 +11,8 @@ from conftest import SMALL, TEXT
 import checkpoint
 from data import tokenizer as tokenizers
 from data.babilong import Haystack
-from data.curriculum import Stories, answers, split, tokenizer_text
+from data.curriculum import Stories, answers, tokenizer_text
+from data.text import split
 from lm2 import LM2
 from rmt import RMT
 

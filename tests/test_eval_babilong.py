@@ -12,7 +12,8 @@ from conftest import SMALL, TEXT
 import eval_babilong
 from data import tokenizer as tokenizers
 from data.babilong import Haystack, Sample, encode_text, evaluation_sample, format_story, simulate
-from data.curriculum import split, tokenizer_text
+from data.curriculum import tokenizer_text
+from data.text import split
 from eval_babilong import EvalConfig, average, bm25, describe, evaluate, questions, retrieve, rows_by_length, write_answers
 
 TOKENIZER = tokenizers.build("char", tokenizer_text(TEXT), 0)
