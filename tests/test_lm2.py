@@ -5,17 +5,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import checkpoint
 from lm2 import LM2, LM2Config, rope_angles, sample, window_attention
 
 T = 8
 WRITES = [dict(mem_write="attend", mem_slots=5), dict(mem_write="aligned", mem_slots=T), dict(mem_write="attend", mem_slots=5, mem_topk=2)]
 MODELS = WRITES + [dict(attention="full"), dict(memory="none"), dict(memory="none", attention="full"), dict(mem_layers=1), dict(n_kv_head=1)]
+RMTS = [dict(memory="rmt"), dict(memory="rmt", n_kv_head=1), dict(memory="rmt", mem_slots=1),
+        dict(memory="rmt", mem_slots=T + 2, qk_norm=False)]
 
 
 def make_model(seed=0, **kwargs):
     """A small model with every parameter drawn at random, so that nothing is zero by chance of initialisation."""
     torch.manual_seed(seed)
-    model = LM2(LM2Config(**dict(vocab_size=13, block_size=T, n_layer=3, n_head=2, n_embd=16, mem_slots=4) | kwargs))
+    model = checkpoint.build(LM2Config(**dict(vocab_size=13, block_size=T, n_layer=3, n_head=2, n_embd=16, mem_slots=4) | kwargs))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model.eval()
@@ -36,7 +39,7 @@ def random_sizes(total, largest, generator):
     return sizes
 
 
-@pytest.mark.parametrize("kwargs", MODELS, ids=str)
+@pytest.mark.parametrize("kwargs", MODELS + RMTS, ids=str)
 @torch.no_grad()
 def test_no_later_token_changes_an_earlier_logit(kwargs):
     model, generator = make_model(**kwargs), torch.Generator().manual_seed(1)
