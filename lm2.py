@@ -19,6 +19,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from muon import Muon
+
 
 @dataclass
 class LM2Config:
@@ -44,8 +46,7 @@ class LM2Config:
         """Fills in the zeros; raises ValueError, one line that says what to change, for what cannot work."""
         self.n_kv_head = self.n_kv_head or self.n_head
         self.mem_heads = self.mem_heads or self.n_head
-        if self.mem_layers < 0:
-            self.mem_layers = self.n_layer
+        self.mem_layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "mem_slots", "mem_heads"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
@@ -127,8 +128,7 @@ def window_attention(q, k, v, window):
     past, first = k.size(1) - q.size(1), min(window, q.size(1))
     mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
     y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
-    rest = q.size(1) - first
-    if not rest:
+    if not (rest := q.size(1) - first):
         return y
     # every further block of queries sees its own keys and those of the block before
     n, pad = math.ceil(rest / window), -rest % window
@@ -334,7 +334,7 @@ class LM2(nn.Module):
         """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
         muon = {name: p for name, p in self.named_parameters() if p.ndim == 2 and name.startswith("blocks") and "slots" not in name}
         adam = [p for name, p in self.named_parameters() if name not in muon]
-        return [torch.optim.Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay),
+        return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay),
                 torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
 
     def initial_state(self, batch, device):

@@ -1,0 +1,42 @@
+"""Muon: the update of PyTorch's, whatever the shapes, and orthogonal matrices."""
+import pytest
+import torch
+
+from muon import Muon, orthogonalize
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+def test_singular_values_come_to_about_one(shape):
+    X = orthogonalize(torch.randn(3, *shape), COEFFICIENTS, 5, 1e-7)
+    assert X.shape == (3, *shape) and (torch.linalg.svdvals(X)[:, :12] - 1).abs().max() < 0.4
+
+
+def test_equals_the_muon_of_pytorch():
+    """Matrices of several shapes, two of one shape, one without a gradient; PyTorch computes in bfloat16, hence the tolerance."""
+    start = [torch.randn(shape) for shape in ((24, 24), (40, 16), (24, 24), (16, 40), (8, 8))]
+    ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    optimizers = [kind(params, lr=0.1, weight_decay=0.2) for kind, params in ((Muon, ours), (torch.optim.Muon, theirs))]
+    for _ in range(4):
+        for p, q in list(zip(ours, theirs))[:-1]:
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q, before in zip(ours, theirs, start):
+        assert (p - q).norm() <= 0.02 * (q - before).norm()
+
+
+def test_a_resumed_optimizer_goes_on_as_if_it_had_never_stopped():
+    p, q = (torch.eye(8).requires_grad_() for _ in range(2))
+    first, second = Muon([p], lr=0.1), Muon([q], lr=0.1)
+    for step in range(4):
+        p.grad = q.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+        first.step()
+        if step == 2:
+            resumed = Muon([q], lr=0.1)
+            resumed.load_state_dict(second.state_dict())
+            second = resumed
+        second.step()
+    assert torch.equal(p, q)
