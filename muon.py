@@ -26,7 +26,7 @@ def orthogonalize(G, coefficients, steps, eps):
 
 
 class Muon(torch.optim.Muon):
-    """The same arguments, state and update as torch.optim.Muon."""
+    """The arguments and the state of torch.optim.Muon, and its default update: Nesterov's momentum, learning rate * sqrt(rows / columns)."""
 
     @torch.no_grad()
     def step(self):
@@ -36,10 +36,12 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     shapes[p.shape].append(p)
             for (rows, columns), params in shapes.items():
-                momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
-                gradients = torch.stack([p.grad for p in params])
-                torch._foreach_lerp_(momenta, list(gradients), 1 - group["momentum"])
-                G = gradients.lerp(torch.stack(momenta), group["momentum"])  # Nesterov's look ahead
-                updates = orthogonalize(G, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(updates.to(G.dtype)), alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                ahead = []
+                for p in params:
+                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    momentum.lerp_(p.grad, 1 - group["momentum"])
+                    ahead.append(p.grad.lerp(momentum, group["momentum"]))
+                updates = orthogonalize(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
