@@ -1,8 +1,8 @@
 """
 Muon for any machine: torch.optim.Muon with another arithmetic.
 
-Newton-Schulz in PyTorch takes the matrices one by one, always in bfloat16, which a CPU without bfloat16 instructions computes about a
-hundred times slower than float32. Here matrices of one shape go through it together, in float32 unless a GPU does it.
+Newton-Schulz in PyTorch takes the matrices one by one, always in bfloat16, which a CPU without bfloat16 instructions multiplies up to ninety
+times slower than float32. Here matrices of one shape go through it together, in float32 unless a GPU does it.
 """
 from collections import defaultdict
 
@@ -11,8 +11,8 @@ import torch
 
 def orthogonalize(G, coefficients, steps, eps):
     """
-    Newton-Schulz: the nearest orthogonal matrix to each G (n, rows, columns), its singular values brought to about 1 (0.7 to 1.2) by a
-    polynomial of degree 5 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+    Newton-Schulz: the nearest orthogonal matrix to each G (n, rows, columns), its singular values brought near 1 by a polynomial of
+    degree 5 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
     """
     a, b, c = coefficients
     X = G.bfloat16() if G.is_cuda else G.float()
@@ -26,7 +26,10 @@ def orthogonalize(G, coefficients, steps, eps):
 
 
 class Muon(torch.optim.Muon):
-    """The arguments and the state of torch.optim.Muon, and its default update: Nesterov's momentum, learning rate * sqrt(rows / columns)."""
+    """torch.optim.Muon as it is by default (Nesterov's momentum, a tall matrix moves sqrt(rows / columns) times as far); state alike."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)  # options that step() would not heed are not taken
 
     @torch.no_grad()
     def step(self):
@@ -38,7 +41,9 @@ class Muon(torch.optim.Muon):
             for (rows, columns), params in shapes.items():
                 ahead = []
                 for p in params:
-                    momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                    if p not in self.state:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    momentum = self.state[p]["momentum_buffer"]
                     momentum.lerp_(p.grad, 1 - group["momentum"])
                     ahead.append(p.grad.lerp(momentum, group["momentum"]))
                 updates = orthogonalize(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"])

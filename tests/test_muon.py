@@ -30,12 +30,12 @@ def test_equals_the_muon_of_pytorch():
 
 def test_a_resumed_optimizer_goes_on_as_if_it_had_never_stopped():
     p, q = (torch.eye(8).requires_grad_() for _ in range(2))
-    first, second = Muon([p], lr=0.1), Muon([q], lr=0.1)
+    first, second = Muon([p], lr=0.1, weight_decay=0.1), Muon([q], lr=0.1, weight_decay=0.1)
     for step in range(4):
         p.grad = q.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
         first.step()
         if step == 2:
-            resumed = Muon([q], lr=0.1)
+            resumed = Muon([q], lr=0.1, weight_decay=0.1)
             resumed.load_state_dict(second.state_dict())
             second = resumed
         second.step()
