@@ -92,8 +92,9 @@ def update(model, context, idx):
             loss = model(idx, idx)[1]
         loss.backward()
         for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with context:
+                optimizer.step()
+            optimizer.zero_grad()
     return job
 
 
@@ -125,8 +126,7 @@ class Bench:
         self.config, self.rows = config, []
         self.device = checkpoint.pick_device(config.device)
         self.dtype = checkpoint.pick_dtype(config.dtype, self.device)
-        self.context = checkpoint.autocast(self.dtype, self.device)
-        self.peak = matmul_peak(self.dtype, self.device)
+        self.context, self.peak = checkpoint.autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
     def compare(self, what, unit, jobs, note=lambda name, figure: ""):

@@ -86,7 +86,7 @@ linear = partial(nn.Linear, bias=False)
 
 
 def wide(x):
-    """Out of bfloat16, which is too coarse for a bank that gates update thousands of times, and for a loss."""
+    """Out of bfloat16, which is too coarse for norms, angles, a loss, and a bank that gates update thousands of times."""
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
@@ -106,9 +106,8 @@ def rotate(x, cos, sin):
 
 def attend(q, k, v, mask=None, causal=False):
     """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs), k and v (B, Lk, nkv, hs) -> (B, Lq, nh * hs)."""
-    with torch.autocast(v.device.type, enabled=False):
-        v = wide(v) if v.device.type == "cpu" else v  # this kernel takes several times as long in bfloat16 on a CPU
-        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with torch.autocast("cpu", enabled=False):  # on a CPU this kernel takes several times as long in bfloat16
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2).flatten(2)
 
@@ -153,10 +152,10 @@ class Attention(nn.Module):
     def project(self, h, rope):
         """Queries, keys and values of h (B, L, D), turned to their positions: (B, L, n_head or n_kv_head, hs) each."""
         c = self.config
-        qk, v = self.wqkv(h).unflatten(-1, (-1, self.head_dim)).split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
+        qk, v = wide(self.wqkv(h)).unflatten(-1, (-1, self.head_dim)).split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
         if c.qk_norm:
             qk = F.rms_norm(qk, (self.head_dim,))
-        return *rotate(qk, *rope).to(v.dtype).split((c.n_head, c.n_kv_head), dim=2), v
+        return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v
 
     def forward(self, h, rope, k_past, v_past):
         """h (B, L, D), keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
@@ -196,7 +195,7 @@ class MemoryBank(nn.Module):
     def cross_attention(self, q, k, v, topk=0):
         """softmax(Q K^T / sqrt(d)) V in mem_heads heads. q (..., Lq, D), k and v (..., Lk, D) -> (..., Lq, D)"""
         lead, heads = v.shape[:-2], self.config.mem_heads
-        q, k, v = (x.reshape(-1, x.size(-2), heads, x.size(-1) // heads) for x in (q, k, v))
+        q, k, v = (wide(x).reshape(-1, x.size(-2), heads, x.size(-1) // heads) for x in (q, k, v))
         if self.config.qk_norm:
             q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
         mask = None
@@ -235,8 +234,8 @@ class MemoryBank(nn.Module):
         if self.config.mem_write == "attend":
             C = self.content(h)
             g_in, g_forget = self.gates(C, C)
-            for s in range(h.size(1)):
-                banks.append(self.update(banks[-1], C[:, s], g_in[:, s], g_forget[:, s]))
+            for segment in zip(C.unbind(1), g_in.unbind(1), g_forget.unbind(1)):
+                banks.append(self.update(banks[-1], *segment))
         else:  # aligned: slot i belongs to position i, and what it read is what it writes
             for s in range(h.size(1)):
                 C = self.read(h[:, s], banks[-1])
@@ -334,7 +333,7 @@ class LM2(nn.Module):
         """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
         muon = {name: p for name, p in self.named_parameters() if p.ndim == 2 and name.startswith("blocks") and "slots" not in name}
         adam = [p for name, p in self.named_parameters() if name not in muon]
-        return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay),
+        return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay, momentum=0.9),
                 torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
 
     def initial_state(self, batch, device):

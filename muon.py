@@ -2,7 +2,7 @@
 Muon for any machine: torch.optim.Muon with another arithmetic.
 
 Newton-Schulz in PyTorch takes the matrices one by one, always in bfloat16, which a CPU without bfloat16 instructions multiplies up to ninety
-times slower than float32. Here matrices of one shape go through it together, in float32 unless a GPU does it.
+times slower than float32. Here matrices of one shape go through it together, in float32, or under autocast in bfloat16, like every matmul.
 """
 from collections import defaultdict
 
@@ -15,9 +15,7 @@ def orthogonalize(G, coefficients, steps, eps):
     degree 5 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
     """
     a, b, c = coefficients
-    X = G.bfloat16() if G.is_cuda else G.float()
-    if G.size(1) > G.size(2):
-        X = X.mT
+    X = G.mT if G.size(1) > G.size(2) else G
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         A = X @ X.mT
@@ -28,8 +26,8 @@ def orthogonalize(G, coefficients, steps, eps):
 class Muon(torch.optim.Muon):
     """torch.optim.Muon as it is by default (Nesterov's momentum, a tall matrix moves sqrt(rows / columns) times as far); state alike."""
 
-    def __init__(self, params, lr, weight_decay):
-        super().__init__(params, lr=lr, weight_decay=weight_decay)  # options that step() would not heed are not taken
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)  # options that step() would not heed are not taken
 
     @torch.no_grad()
     def step(self):

@@ -299,8 +299,9 @@ def main():
         loss = status[0].item()
         check_finite(loss, norm.item())
         for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with context:  # Muon's matmuls, too, run in dtype
+                optimizer.step()
+            optimizer.zero_grad()
         if master:
             log.add(**row, loss=loss, learning_rate=config.learning_rate * factor)
         step += 1
