@@ -46,11 +46,11 @@ class TrainConfig(LM2Config):
     out_dir: str = ""              # folder of the run, default out/DATASET
     # optimization
     n_segments: int = 4            # segments of block_size in a training sequence: how far gradients flow through the memory
-    batch_size: int = 12           # sequences in a batch, of each process; babilong: as many tokens in stories of any length
+    batch_size: int = 6            # sequences in a batch, of each process; babilong: as many tokens in stories of any length
     gradient_accumulation_steps: int = 1  # batches in an update, of each process
-    max_iters: int = 750           # updates
-    learning_rate: float = 0.03    # of Muon, for the hidden matrices
-    adam_lr: float = 5e-3          # of AdamW, for everything else
+    max_iters: int = 1500          # updates
+    learning_rate: float = 0.025   # of Muon, for the hidden matrices
+    adam_lr: float = 4.5e-3        # of AdamW, for everything else
     warmup_iters: int = 20         # updates until the learning rates are at their peak
     lr_decay_iters: int = 0        # updates until they are down at min_lr, 0: max_iters
     min_lr: float = 0.0            # last learning rate of Muon; AdamW's falls by the same factor
@@ -58,8 +58,8 @@ class TrainConfig(LM2Config):
     grad_clip: float = 1.0         # largest norm of the gradient, 0: any
     seed: int = 1337               # of initialisation, batches and dropout
     # evaluation
-    eval_interval: int = 250       # updates between evaluations, each followed by a checkpoint
-    eval_iters: int = 20           # batches in an evaluation
+    eval_interval: int = 500       # updates between evaluations, each followed by a checkpoint
+    eval_iters: int = 40           # batches in an evaluation
     advance_at: float = 0.95       # babilong: accuracy at a length that moves the curriculum on
     # machine
     device: str = "auto"           # auto, cpu, cuda, cuda:N or mps
