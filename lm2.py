@@ -329,11 +329,11 @@ class LM2(nn.Module):
             else:
                 p.normal_(std=1.0 if last == "slots" else 0.5 if kind == "embedding" else p.size(1) ** -0.5)
 
-    def configure_optimizers(self, learning_rate, adam_lr, weight_decay, device_type):
+    def configure_optimizers(self, learning_rate, adam_lr, weight_decay, device_type, momentum=0.9):
         """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
         muon = {name: p for name, p in self.named_parameters() if p.ndim == 2 and name.startswith("blocks") and "slots" not in name}
         adam = [p for name, p in self.named_parameters() if name not in muon]
-        return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay, momentum=0.9),
+        return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay, momentum=momentum),
                 torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
 
     def initial_state(self, batch, device):

@@ -51,6 +51,7 @@ class TrainConfig(LM2Config):
     max_iters: int = 1500          # updates
     learning_rate: float = 0.025   # of Muon, for the hidden matrices
     adam_lr: float = 4.5e-3        # of AdamW, for everything else
+    momentum: float = 0.9          # of Muon
     warmup_iters: int = 20         # updates until the learning rates are at their peak
     lr_decay_iters: int = 0        # updates until they are down at min_lr, 0: max_iters
     min_lr: float = 0.0            # last learning rate of Muon; AdamW's falls by the same factor
@@ -78,6 +79,8 @@ class TrainConfig(LM2Config):
         for name in ("max_iters", "learning_rate", "adam_lr", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1")
         self.out_dir = self.out_dir or str(Path("out") / Path(self.dataset).resolve().stem)
 
 
@@ -214,7 +217,7 @@ def main():
     context = checkpoint.autocast(config.dtype, device)
     torch.manual_seed(config.seed)
     raw_model = checkpoint.build(model_config(config)).to(device)
-    optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type)
+    optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type, config.momentum)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, best = 0, math.inf
     if config.resume:

@@ -17,7 +17,7 @@ FILES = {"ckpt.pt", "best.pt", "config.json", "tokenizer.json", "log.csv", "loss
 @pytest.fixture(scope="module")
 def run(checkout):
     """A finished run of 8 updates -> what it printed."""
-    return checkout.train("out/whole", "--max_iters=8", "--eval_interval=4", "--dropout=0.1")
+    return checkout.train("out/whole", "--max_iters=8", "--eval_interval=4", "--dropout=0.1", "--momentum=0.8")
 
 
 def test_run_leaves_its_files_and_ends_with_text_and_their_paths(checkout, run):
@@ -39,8 +39,13 @@ def test_best_and_last_can_be_told_apart(checkout, run):
     assert last["step"] == 8 and best["val_loss"] == last["best_val_loss"] and "optimizers" in last and "optimizers" not in best
 
 
+def test_muon_heeds_its_flags(checkout, run):
+    group = torch.load(checkout.folder / "out/whole/ckpt.pt", weights_only=True)["optimizers"][0]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1)
+
+
 def test_stopped_by_max_iters_and_resumed_gives_the_same_losses(checkout, run):
-    checkout.train("out/halves", "--max_iters=4", "--lr_decay_iters=8", "--eval_interval=4", "--dropout=0.1")
+    checkout.train("out/halves", "--max_iters=4", "--lr_decay_iters=8", "--eval_interval=4", "--dropout=0.1", "--momentum=0.8")
     code, out, err = checkout.run("train.py", "--resume", "--out_dir=out/halves", "--max_iters=8")
     assert code == 0, err
     assert checkout.log("out/halves") == checkout.log("out/whole")
@@ -108,7 +113,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(checkout
     (["--vocab_size=5"], "vocab_size=5"), (["--tokenizer=bpe", "--vocab_size=99"], "vocab_size=99"), (["--tokenizer=words"], "tokenizer=words"),
     (["--dataset=shakespear"], "dataset=shakespear"), (["--dataset=empty.txt"], "empty.txt is empty"), (["--dataset=latin1.txt"], "not UTF-8"),
     (["--dataset=short.txt"], "too few"), (["--device=tpu"], "device=tpu"), (["--dtype=int8"], "dtype=int8"), (["--config=no.toml"], "no.toml"),
-    (["--resume"], "no run to resume"), (["--resume", "--overwrite"], "exclude each other"), (["--learning_rate=-1"], "learning_rate=-1")], ids=str)
+    (["--resume"], "no run to resume"), (["--resume", "--overwrite"], "exclude each other"), (["--learning_rate=-1"], "learning_rate=-1"), (["--momentum=1"], "momentum=1")], ids=str)
 def test_bad_input_is_refused_in_one_line(checkout, call, args, named):
     for name, content in (("empty.txt", b""), ("latin1.txt", b"caf\xe9 " * 99), ("short.txt", b"To be.")):
         (checkout.folder / name).write_bytes(content)
