@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import checkpoint
-from lm2 import LM2, LM2Config, rope_angles, sample, window_attention
+from lm2 import LM2, LM2Config, attend, rope_angles, sample, window_attention
 
 T = 8
 WRITES = [dict(mem_write="attend", mem_slots=5), dict(mem_write="aligned", mem_slots=T), dict(mem_write="attend", mem_slots=5, mem_topk=2)]
@@ -118,6 +118,11 @@ def test_window_attention_is_masked_full_attention():
         weights = scores.masked_fill((j > i) | (j <= i - T), -torch.inf).softmax(dim=-1)
         expected = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
         torch.testing.assert_close(window_attention(q, k, v, T), expected)
+
+
+def test_attention_on_a_cpu_stays_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(*torch.randn(3, 1, T, 2, 4)).dtype == torch.float32
 
 
 def test_rotary_angles_are_exact_at_position_1000000():
