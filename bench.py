@@ -2,21 +2,22 @@
 Speed and memory, side by side:
 
     python bench.py                                # everything
-    python bench.py --parts=training,data --repeats=9 --csv=bench.csv
+    python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
+    python bench.py --profile                      # where the time of an update goes, by part of the block
+    python bench.py --soak                         # a million generated tokens: does memory grow, do the logits drift?
 
 Rivals take turns within one run, so that their ratios mean something on a noisy machine; a figure is a median, with its quartiles.
 """
-import csv
 import random
-import re
-import time
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from multiprocessing import get_context
-from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
+from torch.profiler import record_function
 from tqdm import tqdm
 
 import checkpoint
@@ -24,23 +25,28 @@ from configurator import parse, user_errors
 from data.babilong import Haystack, encode_line, simulate, training_batch
 from data.curriculum import tokenizer_text
 from data.text import get_batch, read_text
-from data.tokenizer import atomic_open, build
+from data.tokenizer import build
 from lm2 import LM2Config
+from measure import Table, matmul_peak, peak_memory, read, recompute, soak, time_by_part, timed, training_flops, update
 
-PARTS = ("training", "reading", "data")
+PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
          "cuda": [dict(n_layer=6, n_head=6, n_embd=384, block_size=256), dict(n_layer=12, n_head=12, n_embd=768, block_size=512)]}
 TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training update
 VOCAB = 512
+N_NEW = 64  # tokens of a generation
 
 
 @dataclass
 class BenchConfig:
     parts: str = ",".join(PARTS)  # what to measure, as in training,data
     repeats: int = 5              # times that each rival is measured
-    max_length: int = 131072      # tokens of the longest context that is read
+    max_length: int = 131072      # tokens of the longest context
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     csv: str = ""                 # file for the figures
+    plot: str = ""                # file for a plot of the figures, as in bench.png
+    profile: bool = False         # instead: the shares of an update's time by part of the block
+    soak: bool = False            # instead: a million generated tokens, with memory and drift of the logits on the way
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"           # auto (the faster), float32 or bfloat16
 
@@ -60,90 +66,30 @@ def rivals(size):
     return {name: LM2Config(VOCAB, **size, **{"mem_slots": T // 4} | kind) for name, kind in kinds.items()}
 
 
-def timed(function, device):
-    """Seconds that a function takes, the device's work included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    function()
-    wait()
-    return time.perf_counter() - start
+def memory_of(make_job, config, dtype, device, shape):
+    """Peak memory of a job on random tokens, for a process of its own."""
+    model = checkpoint.build(config).to(device)
+    return peak_memory(make_job(model, checkpoint.autocast(dtype, device), torch.randint(VOCAB, shape, device=device)), device)
 
 
-def matmul_peak(dtype, device):
-    """Floating point operations per second in a large matrix product: what the hardware can do."""
-    n = 8192 if device.type == "cuda" else 1024
-    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    return 2 * n ** 3 / min(timed(lambda: x @ x, device) for _ in range(20))
-
-
-def training_flops(model):
-    """Floating point operations of training on one token: 6 a parameter, and attention to block_size tokens (PaLM, appendix B)."""
-    c = model.config
-    return 6 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embedding")) + 12 * c.n_layer * c.n_embd * c.block_size
-
-
-def update(model, context, idx):
-    """A function that makes a whole update: forward, backward and optimizers."""
-    optimizers = model.configure_optimizers(0.02, 2e-3, 0.0, idx.device.type)
-
-    def job():
-        with context:
-            loss = model(idx, idx)[1]
-        loss.backward()
-        for optimizer in optimizers:
-            with context:
-                optimizer.step()
-            optimizer.zero_grad()
-    return job
-
-
-def read(model, context, idx):
-    """A function that reads a context to its end and draws the first token behind it."""
-    def job():
-        with context:
-            next(model.stream(idx, 1))
-    return job
-
-
-def peak_memory(make_job, config, dtype, device, shape):
-    """MiB that a job takes beyond the model. On a CPU for a process of its own: what becomes resident, by Linux's count."""
-    job = make_job(checkpoint.build(config).to(device), checkpoint.autocast(dtype, device), torch.randint(VOCAB, shape, device=device))
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        job()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    resident = lambda key: int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    before = resident("VmRSS")
-    job()
-    return (resident("VmHWM") - before) / 2 ** 10
-
-
-class Bench:
+class Bench(Table):
     def __init__(self, config):
-        self.config, self.rows = config, []
-        self.device = checkpoint.pick_device(config.device)
+        super().__init__(config.repeats)
+        self.config, self.device = config, checkpoint.pick_device(config.device)
         self.dtype = checkpoint.pick_dtype(config.dtype, self.device)
         self.context, self.peak = checkpoint.autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
-    def compare(self, what, unit, jobs, note=lambda name, figure: ""):
-        """jobs {rival: function -> figure}, in turns after a warm-up: a row for each rival, with its ratio to the first one."""
-        laps = [[job() for job in jobs.values()] for _ in tqdm(range(self.config.repeats + 1), desc=what, leave=False)]
-        quartiles = np.quantile(laps[1:], (0.25, 0.5, 0.75), axis=0).T
-        for name, (low, middle, high) in zip(jobs, quartiles):
-            self.rows.append((what, name, unit, middle, low, high, middle / quartiles[0][1], note(name, middle)))
-            print("| {0} | {1} | {3:,.0f} {2} | {4:,.0f} to {5:,.0f} | {6:.2f} | {7} |".format(*self.rows[-1]), flush=True)
-
     def models(self, size):
         return {name: checkpoint.build(config).to(self.device) for name, config in rivals(size).items()}
+
+    def random(self, *shape):
+        return torch.randint(VOCAB, shape, device=self.device)
 
     def memory(self, make_job, size, shape):
         """{rival: peak memory of a job, in words}"""
         with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each
-            return {name: f"{pool.apply(peak_memory, (make_job, config, self.dtype, self.device, shape)):,.0f} MiB"
+            return {name: f"{pool.apply(memory_of, (make_job, config, self.dtype, self.device, shape)):,.0f} MiB"
                     for name, config in rivals(size).items()}
 
     def rate(self, make_job, model, idx):
@@ -156,18 +102,36 @@ class Bench:
         for size, segments in product(SIZES[self.kind], (1, 4, 16)):
             length = segments * size["block_size"]
             shape = (max(1, TOKENS[self.kind] // length), length)
-            idx, models, memory = torch.randint(VOCAB, shape, device=self.device), self.models(size), self.memory(update, size, shape)
+            idx, models, memory = self.random(*shape), self.models(size), self.memory(update, size, shape)
             self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
                          {name: self.rate(update, model, idx) for name, model in models.items()},
                          lambda name, rate: f"{memory[name]}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
 
+    @torch.no_grad()
+    def generation(self):
+        """Token by token, batch 1, in float32 as sample.py does, and the seconds until the first one."""
+        def rate(name, tokens):
+            def job():
+                stream = tokens()
+                latency.setdefault(name, []).append(timed(lambda: next(stream), self.device))
+                return N_NEW / timed(lambda: list(islice(stream, N_NEW)), self.device)
+            return job
+
+        for size, length in product(SIZES[self.kind], (n for n in (64, 1024, 16384) if n <= self.config.max_length)):
+            latency, idx, models = {}, self.random(1, length), self.models(size)
+            tokens = {"vanilla, recomputed": partial(recompute, models["vanilla, window"], idx, N_NEW + 1)}
+            tokens |= {name: partial(model.stream, idx, N_NEW + 1) for name, model in models.items()}
+            self.compare(f"generation, {size['n_layer']} x {size['n_embd']}, after {length} tokens", "tokens/s",
+                         {name: rate(name, start) for name, start in tokens.items()},
+                         lambda name, _: f"first token after {1000 * median(latency[name]):,.0f} ms")
+
     def reading(self):
         """A long context, batch 1."""
         for length in (n for n in (1024, 4096, 16384, 65536, 131072) if n <= self.config.max_length):
-            size, idx = SIZES[self.kind][0], torch.randint(VOCAB, (1, length), device=self.device)
+            size, idx = SIZES[self.kind][0], self.random(1, length)
             memory = self.memory(read, size, (1, length))
             self.compare(f"reading {length} tokens", "tokens/s", {name: self.rate(read, model, idx) for name, model in self.models(size).items()},
-                         lambda name, rate: memory[name])
+                         lambda name, _: memory[name])
 
     def data(self):
         """The data path, on one core: text batches, stories in a haystack."""
@@ -181,6 +145,29 @@ class Bench:
             "haystack, a story in 1,000 tokens": lambda: rate(12_000, lambda: [haystack.mix(pieces, 1000, rng) for _ in range(12)]),
             "training batch, simulation included": lambda: rate(12_000, lambda: training_batch(["qa1", "qa2"], 1000, haystack, tokenizer, 12, 0, 0))})
 
+    def profile(self):
+        """Where the time of an update of LM2 goes, 16 segments to a sequence."""
+        ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
+        for size in SIZES[self.kind]:
+            length = 16 * size["block_size"]
+            job = update(self.models(size)["LM2 attend"], self.context, None)
+
+            def with_data():
+                with record_function("part data"):
+                    idx = get_batch(ids, length, max(1, TOKENS[self.kind] // length), 0, 0)[0].to(self.device)
+                job(idx)
+            with_data()
+            seconds = time_by_part(with_data, self.device)
+            print(f"\n| LM2 attend, {size['n_layer']} x {size['n_embd']} | share of an update |\n| --- | ---: |")
+            print("\n".join(f"| {part} | {s / sum(seconds.values()):.0%} |" for part, s in seconds.items()))
+
+    def soak(self):
+        """Generate a million tokens, with a model as far from its start as if it were trained."""
+        model = self.models(SIZES[self.kind][0])["LM2 attend"]
+        for p in model.parameters():  # at the start the head is zero and the memory is shut
+            p.data += 0.1 * torch.randn_like(p)
+        soak(model, 1_000_000)
+
 
 def main():
     config, _ = parse(BenchConfig, __doc__)
@@ -188,12 +175,15 @@ def main():
         bench = Bench(config)
         print(f"{bench.device} in {bench.dtype}, {torch.get_num_threads()} threads, matmul peak {bench.peak / 1e9:,.0f} GF/s, "
               f"torch {torch.__version__}, median and quartiles of {config.repeats}\n")
+        if config.profile or config.soak:
+            return bench.profile() if config.profile else bench.soak()
         print("| what | rival | median | quartiles | ratio | peak memory, share of matmul peak |\n| --- | --- | ---: | --- | ---: | --- |")
         for part in config.parts.split(","):
             getattr(bench, part)()
         if config.csv:
-            with atomic_open(config.csv, "w", newline="") as f:
-                csv.writer(f).writerows([("what", "rival", "unit", "median", "quartile1", "quartile3", "ratio", "note"), *bench.rows])
+            bench.write_csv(config.csv)
+        if config.plot:
+            bench.write_plot(config.plot)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """bench.py: what it measures and prints. How fast it is, is not tested."""
 import csv
+import re
+from unittest.mock import patch
 
 import pytest
-import torch
 
 import bench
-from bench import Bench, BenchConfig, peak_memory, rivals, training_flops, update
-from lm2 import LM2, LM2Config
+import measure
+from bench import Bench, BenchConfig, rivals
+from lm2 import LM2Config
 
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
 
@@ -19,39 +21,58 @@ def test_rivals_share_a_size_and_differ_in_memory_alone():
     assert {(c.n_layer, c.n_embd, c.block_size) for c in configs.values()} == {(2, 16, 8)}
 
 
-def test_an_update_trains():
-    model = LM2(LM2Config(bench.VOCAB, **SIZE))
-    before = [p.clone() for p in model.parameters()]
-    job = update(model, torch.autocast("cpu", enabled=False), torch.randint(bench.VOCAB, (2, 16)))
-    for _ in range(3):
-        job()
-    assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), before)) > len(before) / 2
+@pytest.fixture
+def small(monkeypatch):
+    """bench.py with a model and an update that take no time."""
+    monkeypatch.setitem(bench.SIZES, "cpu", [SIZE])
+    monkeypatch.setitem(bench.TOKENS, "cpu", 256)
+    monkeypatch.setattr(bench, "N_NEW", 4)
+    return Bench(BenchConfig(repeats=1, max_length=1024, device="cpu", dtype="float32"))
 
 
-def test_flops_are_six_a_parameter_and_attention():
-    model = LM2(LM2Config(bench.VOCAB, memory="none", **SIZE))
-    parameters = sum(p.numel() for p in model.parameters()) - bench.VOCAB * 16
-    assert training_flops(model) == 6 * parameters + 12 * 2 * 16 * 8
+def test_training_and_reading_are_measured_for_each_rival(small, monkeypatch):
+    monkeypatch.setattr(small, "memory", lambda *_: dict.fromkeys(rivals(SIZE), "1 MiB"))  # new processes are slow
+    small.training()
+    small.reading()
+    assert [row[0] for row in small.rows[::5]] == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)] + ["reading 1024 tokens"]
+    assert [row[1] for row in small.rows] == 4 * list(rivals(SIZE))
+    assert "1 MiB, MFU" in small.rows[0][-1]
 
 
-def test_peak_memory_grows_with_the_job():
-    config = LM2Config(bench.VOCAB, memory="none", n_layer=2, n_head=2, n_embd=64)
-    small, large = (peak_memory(update, config, "float32", torch.device("cpu"), (rows, 512)) for rows in (1, 64))
-    assert large > 2 * small > 0
+def test_memory_is_that_of_a_new_process(small):
+    with patch.dict(bench.__dict__, rivals=lambda size: {"vanilla": LM2Config(bench.VOCAB, memory="none", **SIZE)}):
+        assert small.memory(measure.read, SIZE, (1, 64))["vanilla"].endswith(" MiB")
 
 
-def test_ratios_are_to_the_first_rival(capsys):
-    table = Bench(BenchConfig(repeats=3, device="cpu", dtype="float32"))
-    figures = iter((9, 9, 1, 4, 3, 6, 2, 5))  # the first of each is the warm-up
-    table.compare("what", "tokens/s", {"a": lambda: next(figures), "b": lambda: next(figures)})
-    assert [(row[1], row[3], row[6]) for row in table.rows] == [("a", 2, 1.0), ("b", 5, 2.5)]
+def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
+    small.generation()
+    assert [row[0] for row in small.rows[::6]] == ["generation, 2 x 16, after 64 tokens", "generation, 2 x 16, after 1024 tokens"]
+    assert [row[1] for row in small.rows[:6]] == ["vanilla, recomputed", *rivals(SIZE)]
+    assert "first token after" in small.rows[0][-1]
+
+
+def test_profile_names_the_parts_of_the_block(small, capsys):
+    small.profile()
+    shares = dict(re.findall(r"^\| (.+) \| (\d+)% \|$", capsys.readouterr().out, re.M))
+    assert shares.keys() == {"attention", "read", "output gate", "write", "gates", "MLP", "data", "optimizer", "rest"}
+    assert 95 <= sum(map(int, shares.values())) <= 105
+
+
+def test_soak_is_a_million_tokens_of_a_model_whose_memory_is_open(small, monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "soak", lambda model, n_tokens: calls.append((model, n_tokens)))
+    small.soak()
+    (model, n_tokens), = calls
+    assert n_tokens == 1_000_000 and model.head.weight.std() > 0.05 and model.blocks[0].memory.w_v.weight.std() > 0.05
 
 
 def test_data_path_is_measured_and_written_as_csv(checkout, call):
-    code, out, err = call("bench.py", "--parts=data", "--repeats=1", "--corpus=play.txt", "--csv=out/bench.csv", "--device=cpu")
+    code, out, err = call("bench.py", "--parts=data", "--repeats=1", "--corpus=play.txt", "--csv=out/bench.csv", "--plot=out/bench.png",
+                          "--device=cpu")
     assert code == 0 and "| haystack, a story in 1,000 tokens |" in out, err
     with open(checkout.folder / "out" / "bench.csv", newline="") as f:
         assert all(float(row["median"]) > 0 for row in csv.DictReader(f))
+    assert (checkout.folder / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("flag, message", [("--parts=gates", "part gates"), ("--repeats=0", "repeats=0"), ("--corpus=nowhere", "nowhere")])

@@ -1,0 +1,190 @@
+"""How bench.py measures: time, memory and the hardware's peak; the jobs; tables, plots, and where the time of an update goes."""
+import csv
+import math
+import re
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from tqdm import tqdm
+
+from data.tokenizer import atomic_open
+from lm2 import MLP, Attention, MemoryBank, sample
+
+PARTS = {"attention": (Attention, "forward"), "read": (MemoryBank, "read"), "output gate": (MemoryBank, "output_gate"),
+         "write": (MemoryBank, "write"), "gates": (MemoryBank, "gates"), "MLP": (MLP, "forward")}  # a part within another counts alone
+
+
+def timed(function, device):
+    """Seconds that a function takes, the device's work included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return time.perf_counter() - start
+
+
+def matmul_peak(dtype, device):
+    """Floating point operations per second in a large matrix product: what the hardware can do."""
+    n = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    return 2 * n ** 3 / min(timed(lambda: x @ x, device) for _ in range(20))
+
+
+def training_flops(model):
+    """Floating point operations of training on one token: 6 a parameter, and attention to block_size tokens (PaLM, appendix B)."""
+    c = model.config
+    return 6 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embedding")) + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def resident(key="VmRSS"):
+    """MiB of memory that this process has now (VmRSS) or had at its peak (VmHWM), by Linux's count."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+
+
+def peak_memory(job, device):
+    """MiB that a job takes at its peak. On a CPU: what becomes resident, so it needs a process of its own."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        job()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident()
+    job()
+    return resident("VmHWM") - before
+
+
+# --- Jobs to measure
+
+def update(model, context, idx):
+    """A function that makes a whole update, of idx or of what it is given: forward, backward and optimizers."""
+    optimizers = model.configure_optimizers(0.02, 2e-3, 0.0, model.head.weight.device.type)
+
+    def job(idx=idx):
+        with context:
+            loss = model(idx, idx)[1]
+        loss.backward()
+        for optimizer in optimizers:
+            with context:
+                optimizer.step()
+            optimizer.zero_grad()
+    return job
+
+
+def read(model, context, idx):
+    """A function that reads a context to its end and draws the first token behind it."""
+    def job():
+        with context:
+            next(model.stream(idx, 1))
+    return job
+
+
+def recompute(model, idx, max_new_tokens):
+    """`stream` as nanoGPT generates: without a cache, each token reads the last block_size tokens again."""
+    for _ in range(max_new_tokens):
+        token = sample(model(idx[:, -model.config.block_size:])[0][:, -1])
+        yield token
+        idx = torch.cat((idx, token[:, None]), dim=1)
+
+
+# --- Results
+
+def time_by_part(job, device):
+    """
+    Seconds of a job, an update of LM2, by part of the block, forward and backward: {part: seconds}, the longest first. The profiler's
+    own work is in them, so what counts is their shares.
+    """
+    def scoped(name, function):
+        def inside(*args, **kwargs):
+            with record_function(f"part {name}"):
+                return function(*args, **kwargs)
+        return inside
+
+    def part(event):
+        """The part in which an operation was called; in the backward pass that of its forward operation."""
+        while event:
+            if event.name.startswith("part "):
+                return event.name[5:]
+            if event.name.startswith("Optimizer.step"):
+                return "optimizer"
+            if event.name.startswith("autograd::engine::evaluate_function"):
+                return forward.get(event.sequence_nr, "rest")
+            event = event.cpu_parent
+        return "rest"
+
+    cuda = device.type == "cuda"
+    with ExitStack() as stack:
+        for name, (cls, method) in PARTS.items():
+            stack.enter_context(patch.object(cls, method, scoped(name, getattr(cls, method))))
+        profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda))
+        job()
+    forward, seconds = {}, Counter()
+    for event in profiler.events():
+        if event.sequence_nr >= 0 and not event.name.startswith("autograd::"):
+            forward.setdefault(event.sequence_nr, part(event))
+    for event in profiler.events():
+        seconds[part(event)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+    return dict(seconds.most_common())
+
+
+@torch.no_grad()
+def soak(model, n_tokens):
+    """
+    Generate on and on; at each power of ten print how much memory the process has, and what the logits differ by when the whole text is
+    read again.
+    """
+    state, seen = None, torch.zeros(1, n_tokens + 1, dtype=torch.long, device=model.head.weight.device)
+    print("| tokens | resident MiB | largest difference of a logit |\n| ---: | ---: | ---: |")
+    for i in tqdm(range(n_tokens), leave=False):
+        x, state = model.features(seen[:, i:i + 1], state)
+        logits = model.head(x[:, -1])
+        seen[:, i + 1] = sample(logits)
+        if i + 1 in (10 ** k for k in range(1, 7)):
+            again = None
+            for chunk in seen[:, :i + 1].split(16 * model.config.block_size, dim=1):
+                x, again = model.features(chunk, again)
+            print(f"| {i + 1:,} | {resident():,.0f} | {(model.head(x[:, -1]) - logits).abs().max():.1e} |", flush=True)
+
+
+class Table:
+    """Figures of rivals that take turns, printed as they come in."""
+
+    def __init__(self, repeats):
+        self.repeats, self.rows = repeats, []
+
+    def compare(self, what, unit, jobs, note=lambda name, figure: ""):
+        """jobs {rival: function -> figure}, in turns after a warm-up: a row for each rival, with its ratio to the first one."""
+        laps = [[job() for job in jobs.values()] for _ in tqdm(range(self.repeats + 1), desc=what, leave=False)]
+        quartiles = np.quantile(laps[1:], (0.25, 0.5, 0.75), axis=0).T
+        for name, (low, middle, high) in zip(jobs, quartiles):
+            self.rows.append((what, name, unit, middle, low, high, middle / quartiles[0][1], note(name, middle)))
+            print("| {0} | {1} | {3:,.0f} {2} | {4:,.0f} to {5:,.0f} | {6:.2f} | {7} |".format(*self.rows[-1]), flush=True)
+
+    def write_csv(self, path):
+        with atomic_open(path, "w", newline="") as f:
+            csv.writer(f).writerows([("what", "rival", "unit", "median", "quartile1", "quartile3", "ratio", "note"), *self.rows])
+
+    def write_plot(self, path):
+        """A panel for each comparison: medians as bars, quartiles as whiskers."""
+        comparisons = list(dict.fromkeys(row[0] for row in self.rows))
+        height = math.ceil(len(comparisons) / 3)
+        figure, axes = plt.subplots(height, 3, squeeze=False, figsize=(15, 2.2 * height), layout="constrained")
+        for ax, what in zip(axes.flat, comparisons):
+            _, names, units, middle, low, high, *_ = zip(*[row for row in reversed(self.rows) if row[0] == what])
+            ax.barh(names, middle, xerr=(np.subtract(middle, low), np.subtract(high, middle)), color="0.6")
+            ax.set(title=what, xlabel=units[0])
+        for ax in axes.flat[len(comparisons):]:
+            ax.remove()
+        with atomic_open(path) as f:
+            figure.savefig(f, dpi=120, format="png")
+        plt.close(figure)

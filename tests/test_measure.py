@@ -1,0 +1,84 @@
+"""measure.py: what the figures of bench.py mean. How large they are, is not tested."""
+import re
+import time
+
+import pytest
+import torch
+
+from lm2 import LM2, LM2Config
+from measure import Table, peak_memory, recompute, soak, time_by_part, training_flops, update
+
+VOCAB, CPU = 32, torch.device("cpu")
+SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
+FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
+def model(**kwargs):
+    """A model whose head and memory are at work."""
+    model = LM2(LM2Config(VOCAB, **SIZE | kwargs))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def idx(*shape):
+    return torch.randint(VOCAB, shape)
+
+
+def test_an_update_trains():
+    trained = model()
+    before = [p.clone() for p in trained.parameters()]
+    update(trained, FLOAT32, idx(2, 16))()
+    assert sum(not torch.equal(p, q) for p, q in zip(trained.parameters(), before)) > len(before) / 2
+
+
+def test_flops_are_six_a_parameter_and_attention():
+    vanilla = model(memory="none")
+    parameters = sum(p.numel() for p in vanilla.parameters()) - VOCAB * 16
+    assert training_flops(vanilla) == 6 * parameters + 12 * 2 * 16 * 8
+
+
+def test_peak_memory_grows_with_the_job():
+    small, large = (peak_memory(update(model(memory="none", n_embd=64), FLOAT32, idx(rows, 512)), CPU) for rows in (1, 64))
+    assert large > 2 * small > 0
+
+
+def test_recomputing_generates_what_the_cache_does():
+    """... as long as the window holds the whole text."""
+    vanilla, prompt = model(memory="none", block_size=32), idx(1, 8)
+    torch.manual_seed(0)
+    cached = list(vanilla.stream(prompt, 16))
+    torch.manual_seed(0)
+    assert list(recompute(vanilla, prompt, 16)) == cached
+
+
+def test_time_goes_to_the_part_that_spends_it(monkeypatch):
+    lm2 = model()
+    monkeypatch.setattr(lm2.blocks[0].memory, "gates", lambda *args, gates=lm2.blocks[0].memory.gates: (time.sleep(0.5), gates(*args))[1])
+    seconds = time_by_part(update(lm2, FLOAT32, idx(2, 32)), CPU)
+    assert seconds.keys() >= {"attention", "read", "output gate", "write", "gates", "MLP", "optimizer"}
+    assert max(seconds, key=seconds.get) == "write"  # it calls gates, which slept before its own time began
+
+
+def test_soak_finds_no_drift_and_would_see_one(capsys, monkeypatch):
+    lm2 = model()
+    soak(lm2, 100)
+    monkeypatch.setattr(lm2, "features", lambda ids, state=None, features=lm2.features: features(ids, state if ids.size(1) == 1 else None))
+    soak(lm2, 1000)
+    drift = [float(d) for d in re.findall(r"(\S+) \|$", capsys.readouterr().out, re.M) if d[0].isdigit()]
+    assert max(drift[:2]) < 1e-4 < drift[-1]  # 10 and 100 tokens; 1,000 of which the last chunk alone was read again
+
+
+def test_ratios_are_to_the_first_rival():
+    table, figures = Table(repeats=3), iter((9, 9, 1, 4, 3, 6, 2, 5))  # the first of each is the warm-up
+    table.compare("what", "tokens/s", {"a": lambda: next(figures), "b": lambda: next(figures)})
+    assert [(row[1], row[3], row[6]) for row in table.rows] == [("a", 2, 1.0), ("b", 5, 2.5)]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_plot_has_a_panel_for_each_comparison(tmp_path, n):
+    table = Table(repeats=1)
+    for i in range(n):
+        table.compare(f"what {i}", "tokens/s", {"a": lambda: 1.0, "b": lambda: 2.0})
+    table.write_plot(tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
