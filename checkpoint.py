@@ -1,6 +1,6 @@
 """
-Checkpoints: a run's folder holds ckpt.pt (the last step, with the optimizers: --resume goes on from it), best.pt (the
-weights with the best validation loss: what sample.py speaks with), config.json, tokenizer.json, log.csv and loss.png.
+Checkpoints: a run's folder holds ckpt.pt (the last step, with the optimizers: --resume goes on from it), best.pt (the weights
+with the best validation loss, or of stories the last ones: what sample.py speaks with), config.json, tokenizer.json, log.csv and loss.png.
 All of it loads as tensors or JSON: opening somebody's checkpoint runs no code.
 """
 import json

@@ -270,14 +270,14 @@ def main():
                 row |= corpus.evaluate(raw_model, config, device)
             raw_model.train()
             check_finite(*row.values())
+            better = corpus.endless or row["val_loss"] < best
+            best = row["val_loss"] if better else best
+            if step < config.max_iters:
+                corpus.advance(step, row, config)
             if master:
                 bar.write(f"step {step}: {corpus.report(row)}")
-                if row["val_loss"] < best:
-                    checkpoint.save(out_dir / "best.pt", raw_model, step=step, val_loss=row["val_loss"])
-            best = min(best, row["val_loss"])
-            if step < config.max_iters and corpus.advance(step, row, config):
-                best = math.inf  # losses at another length do not compare
-            if master:
+                if better:
+                    checkpoint.save(out_dir / "best.pt", raw_model, step=step, val_loss=best)
                 save()
         if step == config.max_iters:
             break

@@ -412,7 +412,7 @@ def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, r
     """
     Stories with questions and answers in place, mixed to `length` tokens (0: bare stories of up to BARE_TOKENS, haystack unused),
     a pure function of its arguments -> x, y (batch_size, L) int64 and the task of each row. y is the next token where that belongs to
-    an answer, and -1 elsewhere; L is a multiple of 64. Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
+    an answer, and -1 elsewhere; L is a multiple of 16. Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
     """
     rows, names = [], []
     for row in range(rank * batch_size, (rank + 1) * batch_size):
@@ -422,7 +422,7 @@ def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, r
         ids, starts = haystack.mix(pieces, length, rng) if length else join(pieces)
         names.append(task)
         rows.append((ids, [(start + len(piece) - n, start + len(piece)) for start, (piece, n) in zip(starts, lines) if n]))
-    width = -(-max(len(ids) for ids, _ in rows) // 64) * 64
+    width = -(-max(len(ids) for ids, _ in rows) // 16) * 16
     x, y = np.zeros((batch_size, width), dtype=np.int64), np.full((batch_size, width), -1)
     for i, (ids, answers) in enumerate(rows):
         x[i, :len(ids)] = ids

@@ -45,6 +45,7 @@ class Corpus:
     meta: dict         # source and sha256 of the text, tokenizer, vocabulary size, tokens of each split
     columns = ("train_loss", "val_loss", "stream_loss")  # of an evaluation
     place = None                                         # in a curriculum: text has none
+    endless = False                                      # it is overfitted in the end, so the best step need not be the last
 
     def batch(self, config, step, part):
         """Inputs and targets (batch_size, n_segments * block_size) of one part of an update."""

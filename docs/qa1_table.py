@@ -21,7 +21,7 @@ MATCH = f"--match_params={OUT}/lm2-1"
 MODELS = {"LM2": ("lm2", []), "vanilla, window": ("window", ["--memory=none", MATCH]),
           "RMT": ("rmt", ["--memory=rmt", "--mem_slots=16", MATCH]),
           "vanilla, full attention": ("full", ["--memory=none", "--attention=full", MATCH])}
-LENGTHS = {"0k,1k,2k,4k": 100, "8k,16k": 50}  # and the questions for each
+LENGTHS = {"0k,1k,2k,4k": 100, "8k": 50, "16k": 25}  # and the questions for each
 
 
 def call(*args):
