@@ -3,7 +3,9 @@ Checkpoints: a run's folder holds ckpt.pt (the last step, with the optimizers: -
 with the best validation loss, or of stories the last ones: what sample.py speaks with), config.json, tokenizer.json, log.csv and loss.png.
 All of it loads as tensors or JSON: opening somebody's checkpoint runs no code.
 """
+import errno
 import json
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -55,6 +57,16 @@ def load(out_dir, device="auto"):
         raise ValueError(f"tokenizer.json in {out_dir} has {tokenizer.n_vocab} tokens, the checkpoint {model.config.vocab_size}: "
                          "they are from different runs")
     return model.to(device).eval(), tokenizer, config
+
+
+def make_folder(out_dir):
+    """Create the folder that a program writes into. Raises ValueError where it cannot be written to."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        if not os.access(out_dir, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as e:
+        raise ValueError(f"out_dir={out_dir} cannot be written to ({e.strerror}): use another --out_dir") from None
 
 
 def pick_device(name):

@@ -250,6 +250,7 @@ def main():
         for task in tasks:
             for length in lengths:
                 questions(config, task, length)  # a file that is missing or malformed is told before hours of work
+        checkpoint.make_folder(out_dir)
     for name, (model, tokenizer, haystack, about) in runs.items():
         if results["runs"].get(name, {}).get("checkpoint_sha256") != about["checkpoint_sha256"]:
             results["runs"][name] = {"cells": {}}

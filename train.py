@@ -133,7 +133,6 @@ class Log:
         if step:
             with open(path, newline="") as f:
                 self.rows = [row for row in csv.DictReader(f) if int(row["step"]) < step]
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "w", newline="", buffering=1)
         self.writer = csv.DictWriter(self.file, ("step", "loss", "learning_rate", *columns))
         self.writer.writeheader()
@@ -208,6 +207,7 @@ def setup():
         config = replace(config, vocab_size=vocab_size, dtype=dtype[0], compile=compiled)
         if config.match_params and not config.resume:
             config = replace(config, mlp_ratio=matched_mlp_ratio(config))
+        checkpoint.make_folder(config.out_dir)
     return config, corpus, device, rank, world
 
 
@@ -289,6 +289,8 @@ def main():
         status = torch.zeros(2, device=device)  # loss, and how many processes were asked to stop
         for micro in range(config.gradient_accumulation_steps):
             x, y = corpus.batch(config, step, micro * world + rank)
+            if device.type == "cuda":  # pinned memory is copied while Python goes on
+                x, y = (ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))
             last = micro == config.gradient_accumulation_steps - 1
             with nullcontext() if last or world == 1 else model.no_sync():
                 with context:

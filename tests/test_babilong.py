@@ -525,7 +525,7 @@ def test_loss_is_on_right_answers_alone(length, bpe, haystack):
 
 def test_story_that_does_not_fit_is_cut_or_drawn_again(bpe, haystack):
     x, y, _ = training_batch(["qa2"], 150, haystack, bpe, 20, seed=1, step=0)
-    assert x.shape == (20, 192) and bool((y >= 0).any(1).all()) and bool((x[:, 150:] == 0).all()) and bool((y[:, 149:] == -1).all())
+    assert x.shape == (20, 160) and bool((y >= 0).any(1).all()) and bool((x[:, 150:] == 0).all()) and bool((y[:, 149:] == -1).all())
     assert training_batch(["qa1"], 0, None, bpe, 2, seed=1, step=0)[0].shape[0] == 2
     with pytest.raises(ValueError, match="within 8 tokens"):
         training_batch(["qa3"], 8, haystack, bpe, 2, seed=1, step=0)

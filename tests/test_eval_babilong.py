@@ -161,9 +161,10 @@ def test_real_babilong_records_are_evaluated(checkout, call, run):
     (["RUN", "RUN"], "different names"),
     (["RUN", "--babi_dir=nowhere"], "nowhere"),
     (["RUN", "--babi_dir=a", "--babilong_dir=b"], "exclude each other"),
+    (["RUN", "--tasks=qa1", "--lengths=0k", "--out_dir=play.txt"], "out_dir=play.txt"),
 ])
 def test_bad_input_is_refused_in_one_line(call, run, args, message):
-    code, _, err = call("eval_babilong.py", *(run if arg == "RUN" else arg for arg in args), "--out_dir=out/eval-refused")
+    code, _, err = call("eval_babilong.py", "--out_dir=out/eval-refused", *(run if arg == "RUN" else arg for arg in args))
     assert code == 2 and message in err and err.count("\n") == 1
 
 

@@ -212,3 +212,12 @@ def recall_accuracy(memory, steps=250):
 def test_memory_recalls_what_lies_beyond_every_window():
     assert recall_accuracy("lm2") > 0.95
     assert recall_accuracy("none") < 0.35
+
+
+@pytest.mark.parametrize("kwargs", MODELS[:4] + RMTS[:1], ids=str)
+def test_training_step_compiles_to_one_graph(kwargs):
+    torch._dynamo.reset()
+    model, idx = make_model(**kwargs), torch.randint(13, (2, 4 * T))
+    loss = torch.compile(model, backend="eager", fullgraph=True)(idx, idx)[1]  # raises where the graph would break
+    assert loss.item() == pytest.approx(model(idx, idx)[1].item(), rel=1e-5)
+    loss.backward()
