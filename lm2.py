@@ -312,12 +312,12 @@ class LM2(nn.Module):
         """
         embedding              normal, std 0.5
         head, memory's w_v     zero: the first loss is log(vocab_size), and memory adds nothing at first
-        gates (w_in, ...)      zero matrices, so that they start at their biases: input 0 (half open); forget +2 (0.88), so that memory
-                               lives long enough to be learned; output -4 (0.02), so that the model opens it where memory helps
+        gates (w_in, ...)      zero matrices, so that they start at their biases: input and output 0 (half open, so that the memory's gradient
+                               is not lost behind a closed one); forget +2 (0.88), so that memory lives long enough to be learned
         slots (queries)        normal, std 1
         other matrices         normal, std 1/sqrt(fan_in); gains one
         """
-        biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": -4.0}
+        biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": 0.0}
         for name, p in self.named_parameters():
             *_, kind, last = name.split(".")
             if last == "bias":

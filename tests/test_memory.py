@@ -142,10 +142,10 @@ def test_gates_lie_between_0_and_1(kwargs):
         assert (gate > 0).all() and (gate < 1).all()
 
 
-def test_gates_start_half_open_for_input_open_for_what_is_stored_and_nearly_closed_for_output():
+def test_gates_start_half_open_and_open_for_what_is_stored():
     bank = LM2(LM2Config(vocab_size=11)).blocks[0].memory
     C = torch.randn(1, 16, 128)
-    for gate, bias in zip((*bank.gates(C, C), bank.output_gate(C)), (0.0, 2.0, -4.0)):
+    for gate, bias in zip((*bank.gates(C, C), bank.output_gate(C)), (0.0, 2.0, 0.0)):
         torch.testing.assert_close(gate, torch.full_like(gate, bias).sigmoid())
 
 
