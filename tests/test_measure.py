@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from lm2 import LM2, LM2Config
+from lm2 import LM2, MLP, LM2Config
 from measure import Table, peak_memory, recompute, soak, time_by_part, training_flops, update
 
 VOCAB, CPU = 32, torch.device("cpu")
@@ -58,6 +58,23 @@ def test_time_goes_to_the_part_that_spends_it(monkeypatch):
     seconds = time_by_part(update(lm2, FLOAT32, idx(2, 32)), CPU)
     assert seconds.keys() >= {"attention", "read", "output gate", "write", "gates", "MLP", "optimizer"}
     assert max(seconds, key=seconds.get) == "write"  # it calls gates, which slept before its own time began
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.5)
+        return grad
+
+
+def test_backward_pass_counts_for_its_part(monkeypatch):
+    monkeypatch.setattr(MLP, "forward", lambda self, x, forward=MLP.forward: SlowBackward.apply(forward(self, x)))
+    seconds = time_by_part(update(model(), FLOAT32, idx(2, 32)), CPU)
+    assert max(seconds, key=seconds.get) == "MLP"
 
 
 def test_soak_finds_no_drift_and_would_see_one(capsys, monkeypatch):
