@@ -17,7 +17,6 @@ from statistics import median
 
 import numpy as np
 import torch
-from torch.profiler import record_function
 from tqdm import tqdm
 
 import checkpoint
@@ -27,7 +26,7 @@ from data.curriculum import tokenizer_text
 from data.text import get_batch, read_text
 from data.tokenizer import build
 from lm2 import LM2Config
-from measure import Table, matmul_peak, peak_memory, read, recompute, soak, time_by_part, timed, training_flops, update
+from measure import Table, matmul_peak, peak_memory, read, recompute, scope, soak, time_by_part, timed, training_flops, update
 
 PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -82,6 +81,9 @@ class Bench(Table):
 
     def models(self, size):
         return {name: checkpoint.build(config).to(self.device) for name, config in rivals(size).items()}
+
+    def lm2(self, size):
+        return checkpoint.build(rivals(size)["LM2 attend"]).to(self.device)
 
     def random(self, *shape):
         return torch.randint(VOCAB, shape, device=self.device)
@@ -150,20 +152,21 @@ class Bench(Table):
         ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
         for size in SIZES[self.kind]:
             length = 16 * size["block_size"]
-            job = update(self.models(size)["LM2 attend"], self.context, None)
+            idx = self.random(max(1, TOKENS[self.kind] // length), length)
+            job = update(self.lm2(size), self.context, idx)
 
             def with_data():
-                with record_function("part data"):
-                    idx = get_batch(ids, length, max(1, TOKENS[self.kind] // length), 0, 0)[0].to(self.device)
-                job(idx)
+                with scope("data"):
+                    idx.copy_(get_batch(ids, length, len(idx), 0, 0)[0])
+                job()
             with_data()
             seconds = time_by_part(with_data, self.device)
             print(f"\n| LM2 attend, {size['n_layer']} x {size['n_embd']} | share of an update |\n| --- | ---: |")
-            print("\n".join(f"| {part} | {s / sum(seconds.values()):.0%} |" for part, s in seconds.items()))
+            print("\n".join(f"| {name} | {s / sum(seconds.values()):.0%} |" for name, s in seconds.items()))
 
     def soak(self):
         """Generate a million tokens, with a model as far from its start as if it were trained."""
-        model = self.models(SIZES[self.kind][0])["LM2 attend"]
+        model = self.lm2(SIZES[self.kind][0])
         for p in model.parameters():  # at the start the head is zero and the memory is shut
             p.data += 0.1 * torch.randn_like(p)
         soak(model, 1_000_000)

@@ -3,11 +3,10 @@ Checkpoints: a run's folder holds ckpt.pt (the last step, with the optimizers: -
 with the best validation loss, or of stories the last ones: what sample.py speaks with), config.json, tokenizer.json, log.csv and loss.png.
 All of it loads as tensors or JSON: opening somebody's checkpoint runs no code.
 """
-import errno
 import json
 import os
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -61,12 +60,10 @@ def load(out_dir, device="auto"):
 
 def make_folder(out_dir):
     """Create the folder that a program writes into. Raises ValueError where it cannot be written to."""
-    try:
+    with suppress(OSError):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
-        if not os.access(out_dir, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as e:
-        raise ValueError(f"out_dir={out_dir} cannot be written to ({e.strerror}): use another --out_dir") from None
+    if not (Path(out_dir).is_dir() and os.access(out_dir, os.W_OK)):
+        raise ValueError(f"out_dir={out_dir} is not a folder that can be written to: use another --out_dir")
 
 
 def pick_device(name):

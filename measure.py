@@ -67,10 +67,10 @@ def peak_memory(job, device):
 # --- Jobs to measure
 
 def update(model, context, idx):
-    """A function that makes a whole update, of idx or of what it is given: forward, backward and optimizers."""
-    optimizers = model.configure_optimizers(0.02, 2e-3, 0.0, model.head.weight.device.type)
+    """A function that makes a whole update: forward, backward and optimizers."""
+    optimizers = model.configure_optimizers(0.02, 2e-3, 0.0, idx.device.type)
 
-    def job(idx=idx):
+    def job():
         with context:
             loss = model(idx, idx)[1]
         loss.backward()
@@ -99,6 +99,11 @@ def recompute(model, idx, max_new_tokens):
 
 # --- Results
 
+def scope(name):
+    """The context in which time counts as that of a part."""
+    return record_function(f"part {name}")
+
+
 def time_by_part(job, device):
     """
     Seconds of a job, an update of LM2, by part of the block, forward and backward: {part: seconds}, the longest first. The profiler's
@@ -106,7 +111,7 @@ def time_by_part(job, device):
     """
     def scoped(name, function):
         def inside(*args, **kwargs):
-            with record_function(f"part {name}"):
+            with scope(name):
                 return function(*args, **kwargs)
         return inside
 
@@ -140,20 +145,22 @@ def time_by_part(job, device):
 @torch.no_grad()
 def soak(model, n_tokens):
     """
-    Generate on and on; at each power of ten print how much memory the process has, and what the logits differ by when the whole text is
+    Generate on and on; at each power of ten print how much memory is in use, and what the logits differ by when the whole text is
     read again.
     """
-    state, seen = None, torch.zeros(1, n_tokens + 1, dtype=torch.long, device=model.head.weight.device)
-    print("| tokens | resident MiB | largest difference of a logit |\n| ---: | ---: | ---: |")
+    device, milestones = model.head.weight.device, {10 ** k for k in range(1, 7)}
+    state, seen = None, torch.zeros(1, n_tokens + 1, dtype=torch.long, device=device)
+    print("| tokens | MiB in use | largest difference of a logit |\n| ---: | ---: | ---: |")
     for i in tqdm(range(n_tokens), leave=False):
         x, state = model.features(seen[:, i:i + 1], state)
         logits = model.head(x[:, -1])
         seen[:, i + 1] = sample(logits)
-        if i + 1 in (10 ** k for k in range(1, 7)):
+        if i + 1 in milestones:
             again = None
             for chunk in seen[:, :i + 1].split(16 * model.config.block_size, dim=1):
                 x, again = model.features(chunk, again)
-            print(f"| {i + 1:,} | {resident():,.0f} | {(model.head(x[:, -1]) - logits).abs().max():.1e} |", flush=True)
+            used = torch.cuda.memory_allocated() / 2 ** 20 if device.type == "cuda" else resident()
+            print(f"| {i + 1:,} | {used:,.0f} | {(model.head(x[:, -1]) - logits).abs().max():.1e} |", flush=True)
 
 
 class Table:

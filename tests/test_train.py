@@ -113,8 +113,8 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(checkout
     (["--vocab_size=5"], "vocab_size=5"), (["--tokenizer=bpe", "--vocab_size=99"], "vocab_size=99"), (["--tokenizer=words"], "tokenizer=words"),
     (["--dataset=shakespear"], "dataset=shakespear"), (["--dataset=empty.txt"], "empty.txt is empty"), (["--dataset=latin1.txt"], "not UTF-8"),
     (["--dataset=short.txt"], "too few"), (["--device=tpu"], "device=tpu"), (["--dtype=int8"], "dtype=int8"), (["--config=no.toml"], "no.toml"),
-    (["--resume"], "no run to resume"), (["--resume", "--overwrite"], "exclude each other"), (["--learning_rate=-1"], "learning_rate=-1"), (["--momentum=1"], "momentum=1"),
-    (["--out_dir=play.txt"], "out_dir=play.txt"), (["--out_dir=play.txt/run"], "out_dir=play.txt/run")], ids=str)
+    (["--resume"], "no run to resume"), (["--resume", "--overwrite"], "exclude each other"), (["--learning_rate=-1"], "learning_rate=-1"),
+    (["--momentum=1"], "momentum=1"), (["--out_dir=play.txt"], "out_dir=play.txt"), (["--out_dir=play.txt/run"], "out_dir=play.txt/run")], ids=str)
 def test_bad_input_is_refused_in_one_line(checkout, call, args, named):
     for name, content in (("empty.txt", b""), ("latin1.txt", b"caf\xe9 " * 99), ("short.txt", b"To be.")):
         (checkout.folder / name).write_bytes(content)
