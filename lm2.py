@@ -37,7 +37,7 @@ class LM2Config:
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
     memory: str = "lm2"          # lm2: a memory bank in each block; rmt: memory tokens, see rmt.py; none: the vanilla decoder
     mem_slots: int = 16          # N: slots in a bank, or memory tokens
-    mem_heads: int = 0           # heads of the memory's read and write, 0: n_head
+    mem_heads: int = 0           # heads of the memory's read, 0: n_head
     mem_layers: int = -1         # blocks with memory, counted from the first, -1: all
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
     mem_write: str = "attend"    # attend: slots attend to the segment; aligned: slot i takes position i, as in the paper
@@ -73,8 +73,8 @@ class LayerState(NamedTuple):
     """What a block remembers. With attention="window" its size does not depend on the number of tokens seen."""
     k: torch.Tensor         # (B, P, n_kv_head, hs) keys of the last P = min(pos, T - 1) tokens, of all with attention="full"
     v: torch.Tensor         # (B, P, n_kv_head, hs) their values
-    h: torch.Tensor         # (B, pos % T, D) normed inputs of the unfinished segment, to be written when it ends
     M: torch.Tensor | None  # (B, N, D) the bank after the last whole segment, float32; None without memory
+    unwritten: list[torch.Tensor]  # (B, pos % T, ...) each: of the unfinished segment, what is written from when it ends
 
 
 class State(NamedTuple):
@@ -102,6 +102,11 @@ def rope_angles(pos, length, head_dim, theta, device):
 def rotate(x, cos, sin):
     """Turn x (B, L, heads, hs) by its rotary angles, x_i with x_{i + hs/2} as in Hugging Face's Llama."""
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
+
+
+def norm_heads(x, config):
+    """QK-norm: queries or keys (..., heads, hs) to a root mean square of one, if the config says so."""
+    return F.rms_norm(x, x.shape[-1:]) if config.qk_norm else x
 
 
 def attend(q, k, v, mask=None, causal=False):
@@ -150,17 +155,15 @@ class Attention(nn.Module):
         self.wo = linear(config.n_embd, config.n_embd)
 
     def project(self, h, rope):
-        """Queries, keys and values of h (B, L, D), turned to their positions: (B, L, n_head or n_kv_head, hs) each."""
+        """h (B, L, D) -> queries, keys, values (B, L, n_head or n_kv_head, hs), turned to their positions; the keys before the turn"""
         c = self.config
         qk, v = wide(self.wqkv(h)).unflatten(-1, (-1, self.head_dim)).split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
-        if c.qk_norm:
-            qk = F.rms_norm(qk, (self.head_dim,))
-        return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v
+        qk = norm_heads(qk, c)
+        return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v, qk[:, :, c.n_head:]
 
-    def forward(self, h, rope, k_past, v_past):
-        """h (B, L, D), keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
+    def forward(self, q, k, v, k_past, v_past):
+        """What `project` gives, keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
         c = self.config
-        q, k, v = self.project(h, rope)
         if past := k_past.size(1):
             k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
         if c.attention == "window":
@@ -184,38 +187,31 @@ class MemoryBank(nn.Module):
         self.norm = nn.RMSNorm(D)
         self.w_q, self.w_k, self.w_v = linear(D, D), linear(D, D), linear(D, D)
         self.w_out, self.w_in, self.w_forget = (linear(D, D, bias=True) for _ in range(3))
-        if config.mem_write == "attend":
+        if config.mem_write == "attend":  # with keys and values of self-attention
             self.slots = nn.Parameter(torch.empty(config.mem_slots, D))  # a learned query for each slot
-            self.w_write_k, self.w_write_v = linear(D, D), linear(D, D)
 
     def initial(self, batch, device):
         """The bank before the first segment: the identity, (B, N, D)."""
         return torch.eye(self.config.mem_slots, self.config.n_embd, device=device).expand(batch, -1, -1)
 
-    def cross_attention(self, q, k, v, topk=0):
-        """softmax(Q K^T / sqrt(d)) V in mem_heads heads. q (..., Lq, D), k and v (..., Lk, D) -> (..., Lq, D)"""
-        lead, heads = v.shape[:-2], self.config.mem_heads
-        q, k, v = (wide(x).reshape(-1, x.size(-2), heads, x.size(-1) // heads) for x in (q, k, v))
-        if self.config.qk_norm:
-            q, k = (F.rms_norm(x, x.shape[-1:]) for x in (q, k))
-        mask = None
-        if topk:
-            scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
-            mask = scores >= scores.topk(topk).values[..., -1:]  # (B, heads, Lq, Lk)
-        return attend(q.expand(len(v), -1, -1, -1), k, v, mask).unflatten(0, lead)
-
     def read(self, h, M):
         """E_mem: each token asks the slots (Eq. 1-2). h (..., L, D), M (..., N, D) -> (..., L, D)"""
-        slots = self.norm(M)
-        return self.cross_attention(self.w_q(h), self.w_k(slots), self.w_v(slots), self.config.mem_topk)
+        slots, topk, mask = self.norm(M), self.config.mem_topk, None
+        q, k, v = (wide(x).unflatten(-1, (self.config.mem_heads, -1)).flatten(0, -4) for x in (self.w_q(h), self.w_k(slots), self.w_v(slots)))
+        q, k = norm_heads(q, self.config), norm_heads(k, self.config)
+        if topk:
+            scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
+            mask = scores >= scores.topk(topk).values[..., -1:]  # (B, heads, L, N)
+        return attend(q, k, v, mask).view_as(h)
 
     def output_gate(self, E):
         """g_out: how much of what was read enters the residual stream (Eq. 3)."""
         return self.w_out(E).sigmoid()
 
-    def content(self, h):
-        """C of the `attend` write: each slot asks the segment. h (..., T, D) -> (..., N, D)"""
-        return self.cross_attention(self.slots, self.w_write_k(h), self.w_write_v(h))
+    def content(self, k, v):
+        """C of the `attend` write: each slot asks the segment. k, v (B, S, T, n_kv_head, hs) -> (B, S, N, D)"""
+        q = norm_heads(self.slots.unflatten(-1, (self.config.n_head, -1)), self.config)
+        return attend(q.expand(k.size(0) * k.size(1), -1, -1, -1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2])
 
     def gates(self, x, C):
         """Input gate (Eq. 4) and forget gate (Eq. 5), (..., N, D), in float32."""
@@ -225,39 +221,43 @@ class MemoryBank(nn.Module):
         """The bank after the segment (Eq. 6)."""
         return g_in * wide(C).tanh() + g_forget * M
 
-    def write(self, h, M):
+    def write(self, source, M):
         """
-        Write whole segments. h (B, S, T, D), M (B, N, D) -> M and the S banks after it (B, S + 1, N, D). Content and gates of `attend`
-        do not depend on the bank: they are made for all segments at once, and only Eq. 6 recurs.
+        Write whole segments. source: for `attend` keys and values of self-attention (B, S, T, n_kv_head, hs), for `aligned` h
+        (B, S, T, D); M (B, N, D) -> M and the S banks after it (B, S + 1, N, D). Content and gates of `attend` do not depend on the
+        bank: they are made for all segments at once, and only Eq. 6 recurs.
         """
         banks = [M]
         if self.config.mem_write == "attend":
-            C = self.content(h)
+            C = self.content(*source)
             g_in, g_forget = self.gates(C, C)
             for segment in zip(C.unbind(1), g_in.unbind(1), g_forget.unbind(1)):
                 banks.append(self.update(banks[-1], *segment))
-        else:  # aligned: slot i belongs to position i, and what it read is what it writes
-            for s in range(h.size(1)):
-                C = self.read(h[:, s], banks[-1])
-                banks.append(self.update(banks[-1], C, *self.gates(h[:, s], C)))
+        else:  # slot i belongs to position i, and what it read is what it writes
+            for h in source[0].unbind(1):
+                C = self.read(h, banks[-1])
+                banks.append(self.update(banks[-1], C, *self.gates(h, C)))
         return torch.stack(banks, dim=1)
 
-    def forward(self, h, pending, M):
+    def forward(self, h, k, v, M, unwritten):
         """
-        h (B, L, D) normed inputs, pending (B, o, D) those of the unfinished segment before them, M (B, N, D) the bank
-        -> g_out * E_mem (B, L, D), the new pending, the new bank
+        h (B, L, D) normed inputs, their keys (not yet turned) and values (B, L, n_kv_head, hs), M (B, N, D) the bank, unwritten
+        (B, o, ...) each of the unfinished segment before them -> g_out * E_mem (B, L, D), the new bank, the new unwritten
         """
-        T, o, L = self.config.block_size, pending.size(1), h.size(1)
-        seen = torch.cat((pending, h), dim=1) if o else h
+        T, L = self.config.block_size, h.size(1)
+        source = (k, v) if self.config.mem_write == "attend" else (h,)
+        if unwritten:
+            source = [torch.cat(pair, dim=1) for pair in zip(unwritten, source)]
+        o = source[0].size(1) - L
         whole = (o + L) // T
-        banks = self.write(seen[:, :whole * T].unflatten(1, (whole, T)), M) if whole else M[:, None]
+        banks = self.write([x[:, :whole * T].unflatten(1, (whole, T)) for x in source], M) if whole else M[:, None]
         if o + L <= T:  # all tokens in one segment
             E = self.read(h, M)
         else:           # put each token into its segment, read all segments at once
             n, pad = math.ceil((o + L) / T), -(o + L) % T
             queries = (F.pad(h, (0, 0, o, pad)) if o or pad else h).unflatten(1, (n, T))
             E = self.read(queries, banks[:, :n]).flatten(1, 2)[:, o:o + L]
-        return self.output_gate(E) * E, seen[:, whole * T:], banks[:, -1]
+        return self.output_gate(E) * E, banks[:, -1], [x[:, whole * T:] for x in source]
 
 
 class MLP(nn.Module):
@@ -287,13 +287,14 @@ class Block(nn.Module):
     def forward(self, x, rope, state):
         """x (B, L, D), state LayerState -> x (B, L, D), the state after these tokens."""
         h = self.norm1(x)
-        y, k, v = self.attention(h, rope, state.k, state.v)
-        pending, M = state.h, state.M
+        q, k, v, unturned = self.attention.project(h, rope)
+        y, *past = self.attention(q, k, v, state.k, state.v)
+        M, unwritten = state.M, state.unwritten
         if self.memory:
-            E, pending, M = self.memory(h, pending, M)
+            E, M, unwritten = self.memory(h, unturned, v, M, unwritten)
             y = y + E
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.norm2(x))), LayerState(k, v, pending, M)
+        return x + self.dropout(self.mlp(self.norm2(x))), LayerState(*past, M, unwritten)
 
 
 class LM2(nn.Module):
@@ -340,8 +341,7 @@ class LM2(nn.Module):
         """The State before the first token."""
         c = self.config
         kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
-        h = torch.empty(batch, 0, c.n_embd, device=device)
-        return State(0, [LayerState(kv, kv, h, b.memory.initial(batch, device) if b.memory else None) for b in self.blocks])
+        return State(0, [LayerState(kv, kv, b.memory.initial(batch, device) if b.memory else None, []) for b in self.blocks])
 
     def features(self, idx, state=None):
         """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""

@@ -53,7 +53,7 @@ class RMT(LM2):
         mask = (j <= i) | (j < self.config.mem_slots)  # causal, but read tokens see each other: they hold only what is past
         rope, seen = [angle[start:end] for angle in rope], []
         for l, block in enumerate(self.blocks):
-            q, k, v = block.attention.project(block.norm1(x), rope)
+            q, k, v, _ = block.attention.project(block.norm1(x), rope)
             if layers:
                 k, v = torch.cat((layers[l][0], k), dim=1), torch.cat((layers[l][1], v), dim=1)
             seen.append((k, v))

@@ -72,9 +72,7 @@ def test_layer_parallel_equals_the_loop_over_segments(kwargs):
     looped, looped_state = read_in_chunks(model, idx, [T] * 6)
     torch.testing.assert_close(looped, whole, rtol=1e-4, atol=1e-5)
     for a, b in zip(state.layers, looped_state.layers):
-        for x, y in zip(a, b):
-            if x is not None:
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tuple(a[:3]), tuple(b[:3]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kwargs", MODELS, ids=str)
@@ -105,7 +103,7 @@ def test_state_does_not_grow():
     model, state, sizes = make_model(), None, set()
     for _ in range(6):
         _, _, state = model(torch.randint(13, (1, 2 * T)), state=state)
-        sizes.add(sum(x.numel() for layer in state.layers for x in layer))
+        sizes.add(sum(x.numel() for layer in state.layers for x in (layer.k, layer.v, layer.M, *layer.unwritten)))
     assert len(sizes) == 1
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from lm2 import LM2, LM2Config, MemoryBank
+from lm2 import LM2, LM2Config, MemoryBank, norm_heads
 
 T, N, D, HEADS, SEGMENTS, BATCH = 6, 4, 16, 2, 3, 2
 CASES = [dict(), dict(mem_topk=2), dict(qk_norm=False), dict(mem_write="aligned", mem_slots=T), dict(mem_write="aligned", mem_slots=T, mem_topk=3)]
@@ -17,15 +17,17 @@ def rms_norm(x):
     return x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True) + np.finfo(x.dtype).eps)
 
 
-def cross_attention(q, k, v, config, topk=0):
+def qk_norm(x, config):
+    """Each head of queries or keys (L, D) by itself."""
+    return rms_norm(x.reshape(len(x), HEADS, -1)).reshape(x.shape) if config.qk_norm else x
+
+
+def cross_attention(q, k, v, topk=0):
     """softmax(Q K^T / sqrt(d)) V, head by head. q (Lq, D), k and v (Lk, D) -> (Lq, D)"""
     d, heads = D // HEADS, []
     for i in range(HEADS):
         columns = slice(i * d, (i + 1) * d)
-        q_i, k_i = q[:, columns], k[:, columns]
-        if config.qk_norm:
-            q_i, k_i = rms_norm(q_i), rms_norm(k_i)
-        scores = q_i @ k_i.T / np.sqrt(d)
+        scores = q[:, columns] @ k[:, columns].T / np.sqrt(d)
         if topk:
             scores[scores < np.sort(scores, axis=1)[:, -topk][:, None]] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
@@ -33,18 +35,21 @@ def cross_attention(q, k, v, config, topk=0):
     return np.concatenate(heads, axis=1)
 
 
-def reference(bank, h, M):
-    """One row of a batch: h (S, T, D), M (N, D) -> g_out * E_mem (S, T, D), the bank at the end (N, D)."""
+def reference(bank, h, k, v, M):
+    """
+    One row of a batch: h and keys and values of self-attention, their heads side by side (S, T, D), M (N, D)
+    -> g_out * E_mem (S, T, D), the bank at the end (N, D)
+    """
     config, p = bank.config, {name: value.detach().numpy() for name, value in bank.named_parameters()}
     outputs = []
-    for x in h:
+    for x, k_s, v_s in zip(h, k, v):
         slots = rms_norm(M) * p["norm.weight"]
         Q, K, V = x @ p["w_q.weight"].T, slots @ p["w_k.weight"].T, slots @ p["w_v.weight"].T      # Eq. 1
-        E = cross_attention(Q, K, V, config, config.mem_topk)                                      # Eq. 2
+        E = cross_attention(qk_norm(Q, config), qk_norm(K, config), V, config.mem_topk)            # Eq. 2
         g_out = sigmoid(E @ p["w_out.weight"].T + p["w_out.bias"])                                 # Eq. 3
         outputs.append(g_out * E)
         if config.mem_write == "attend":
-            C = cross_attention(p["slots"], x @ p["w_write_k.weight"].T, x @ p["w_write_v.weight"].T, config)
+            C = cross_attention(qk_norm(p["slots"], config), k_s, v_s)
             into = C
         else:
             C, into = E, x
@@ -61,39 +66,47 @@ def make_bank(**kwargs):
     bank = MemoryBank(config).double()
     for p in bank.parameters():
         torch.nn.init.normal_(p, std=0.5)
-    return bank, torch.randn(BATCH, SEGMENTS * T, D).double(), torch.randn(BATCH, config.mem_slots, D).double()
+    h, k, v = torch.randn(3, BATCH, SEGMENTS * T, D).double()
+    k = norm_heads(k.unflatten(-1, (HEADS, -1)), config).flatten(2)
+    return bank, h, k, v, torch.randn(BATCH, config.mem_slots, D).double()
 
 
-def run(bank, h, M):
-    out, pending, after = bank(h, h[:, :0], M)
+def run(bank, h, k, v, M):
+    """As `reference` does it, for a batch: h, k, v (B, S * T, D), M (B, N, D) -> g_out * E_mem, the bank at the end."""
+    out, after, unwritten = bank(h, k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1)), M, [])
     return out, after
+
+
+def rows(*tensors):
+    """(S * T, D) -> (S, T, D) for NumPy"""
+    return [x.detach().view(SEGMENTS, T, D).numpy() for x in tensors]
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
 def test_values_agree_with_numpy(kwargs):
-    bank, h, M = make_bank(**kwargs)
-    out, after = run(bank, h, M)
+    bank, h, k, v, M = make_bank(**kwargs)
+    out, after = run(bank, h, k, v, M)
     for b in range(BATCH):
-        expected, expected_after = reference(bank, h[b].view(SEGMENTS, T, D).numpy(), M[b].numpy())
+        expected, expected_after = reference(bank, *rows(h[b], k[b], v[b]), M[b].numpy())
         np.testing.assert_allclose(out[b].view(SEGMENTS, T, D).detach(), expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(after[b].detach(), expected_after, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
 def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
-    bank, h, M = make_bank(**kwargs)
-    h, M = h[:1], M[:1]
-    h.requires_grad_(), M.requires_grad_()
+    bank, *inputs = make_bank(**kwargs)
+    h, k, v, M = inputs = [x[:1].requires_grad_() for x in inputs]
     generator = np.random.default_rng(0)
     a, b = generator.normal(size=h.shape[1:]), generator.normal(size=M.shape[1:])  # a random direction to look along
 
     def scalar():
-        out, after = reference(bank, h[0].detach().view(SEGMENTS, T, D).numpy(), M[0].detach().numpy())
+        out, after = reference(bank, *rows(h[0], k[0], v[0]), M[0].detach().numpy())
         return np.sum(out.reshape(-1, D) * a) + np.sum(after * b)
 
-    out, after = run(bank, h, M)
+    out, after = run(bank, *inputs)
     ((out[0] * torch.from_numpy(a)).sum() + (after[0] * torch.from_numpy(b)).sum()).backward()
-    for name, x in dict(bank.named_parameters(), h=h, M=M).items():
+    written = dict(k=k, v=v) if bank.config.mem_write == "attend" else {}
+    for name, x in dict(bank.named_parameters(), h=h, M=M, **written).items():
         flat = x.detach().view(-1)
         for i in generator.choice(len(flat), size=min(5, len(flat)), replace=False):
             was, eps = flat[i].item(), 1e-6
@@ -106,7 +119,7 @@ def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
 
 
 def test_bank_starts_as_identity():
-    bank, _, _ = make_bank()
+    bank, *_ = make_bank()
     for M in bank.initial(BATCH, torch.device("cpu")):
         np.testing.assert_array_equal(M, np.eye(N, D))
 
@@ -121,23 +134,23 @@ def gates_at(bank, g_in=None, g_forget=None):
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
 def test_closed_input_gate_and_open_forget_gate_keep_the_bank(kwargs):
-    bank, h, M = make_bank(**kwargs)
+    bank, *inputs = make_bank(**kwargs)
     gates_at(bank, g_in=0, g_forget=1)
-    assert torch.equal(run(bank, h, M)[1], M)
+    assert torch.equal(run(bank, *inputs)[1], inputs[-1])
 
 
 @pytest.mark.parametrize("kwargs", CASES, ids=str)
 def test_closed_forget_gate_erases_the_bank(kwargs):
-    bank, h, M = make_bank(**kwargs)
+    bank, *inputs = make_bank(**kwargs)
     gates_at(bank, g_in=0, g_forget=0)
-    assert not run(bank, h, M)[1].any()
+    assert not run(bank, *inputs)[1].any()
 
 
 @pytest.mark.parametrize("kwargs", CASES[:1] + CASES[3:4], ids=str)
 def test_gates_lie_between_0_and_1(kwargs):
-    bank, h, M = make_bank(**kwargs)
-    E = bank.read(h[:, :T], M)
-    C = bank.content(h[:, :T]) if bank.config.mem_write == "attend" else E
+    bank, h, k, v, M = make_bank(**kwargs)
+    E = bank.read(h, M)
+    C = bank.content(*(x.view(BATCH, SEGMENTS, T, HEADS, -1) for x in (k, v))) if bank.config.mem_write == "attend" else E
     for gate in (bank.output_gate(E), *bank.gates(C, C)):
         assert (gate > 0).all() and (gate < 1).all()
 
@@ -156,6 +169,21 @@ def test_bank_stays_float32_under_autocast():
         C = torch.randn(1, T, 128, dtype=torch.bfloat16)
         gates = model.blocks[0].memory.gates(C, C)
     assert {x.dtype for x in (state.layers[0].M, *gates)} == {torch.float32}
+
+
+@pytest.mark.parametrize("write", ["attend", "aligned"])
+def test_what_is_written_does_not_depend_on_the_place_of_the_segment(write):
+    torch.manual_seed(0)
+    model = LM2(LM2Config(vocab_size=11, n_layer=1, n_embd=D, n_head=HEADS, block_size=T, mem_slots=T, mem_write=write))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    bank = model.blocks[0].memory
+    gates_at(bank, g_forget=0)
+    torch.nn.init.zeros_(bank.w_k.weight)  # with one key for all slots
+    torch.nn.init.zeros_(bank.w_v.weight)  # and nothing in them, `aligned` does not see the bank before either
+    before, segment = torch.randint(11, (2, 1, T))
+    first, later = (model(idx)[2].layers[0].M for idx in (segment, torch.cat((before, segment), dim=1)))
+    torch.testing.assert_close(later, first)
 
 
 @pytest.mark.parametrize("write", ["attend", "aligned"])
