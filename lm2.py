@@ -155,7 +155,7 @@ class Attention(nn.Module):
         self.wo = linear(config.n_embd, config.n_embd)
 
     def project(self, h, rope):
-        """h (B, L, D) -> queries, keys, values (B, L, n_head or n_kv_head, hs), turned to their positions; the keys before the turn"""
+        """h (B, L, D) -> queries, keys (both turned to their positions), values, and keys not turned, (B, L, n_head or n_kv_head, hs) each"""
         c = self.config
         qk, v = wide(self.wqkv(h)).unflatten(-1, (-1, self.head_dim)).split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
         qk = norm_heads(qk, c)

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from data.tokenizer import atomic_open
 from lm2 import MLP, Attention, MemoryBank, sample
 
-PARTS = {"attention": (Attention, "forward"), "read": (MemoryBank, "read"), "output gate": (MemoryBank, "output_gate"),
-         "write": (MemoryBank, "write"), "gates": (MemoryBank, "gates"), "MLP": (MLP, "forward")}  # a part within another counts alone
+PARTS = {"queries, keys, values": (Attention, "project"), "attention": (Attention, "forward"), "read": (MemoryBank, "read"),
+         "output gate": (MemoryBank, "output_gate"), "write": (MemoryBank, "write"), "gates": (MemoryBank, "gates"),
+         "MLP": (MLP, "forward")}  # a part within another counts alone
 
 
 def timed(function, device):

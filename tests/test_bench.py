@@ -54,7 +54,7 @@ def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
 def test_profile_names_the_parts_of_the_block(small, capsys):
     small.profile()
     shares = dict(re.findall(r"^\| (.+) \| (\d+)% \|$", capsys.readouterr().out, re.M))
-    assert shares.keys() == {"attention", "read", "output gate", "write", "gates", "MLP", "data", "optimizer", "rest"}
+    assert shares.keys() == {"queries, keys, values", "attention", "read", "output gate", "write", "gates", "MLP", "data", "optimizer", "rest"}
     assert 95 <= sum(map(int, shares.values())) <= 105
 
 
