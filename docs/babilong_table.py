@@ -1,0 +1,96 @@
+"""
+The README's BABILong tables: `python docs/babilong_table.py qa1` (three seeds) and `python docs/babilong_table.py ten` (all tasks, one model).
+
+Trains config/babilong_qa1.toml or config/babilong_ten.toml as LM2, as RMT and as the decoder without memory (window and full attention),
+one core a run, all with as many parameters as LM2 and on the same data; evaluates them and RAG on the full-attention decoder; prints
+accuracy by length. Finished runs and answers lie in out/qa1 or out/ten and are not repeated.
+"""
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).parent.parent
+SEEDS = {"qa1": (1, 2, 3), "ten": (1,)}
+QUESTIONS = {"qa1": {"0k,1k,2k,4k": 100, "8k": 50, "16k": 25},  # of each task, by length: long ones take long
+             "ten": {"0k,1k,2k,4k": 40, "8k": 20, "16k": 10, "32k": 5, "64k": 3, "128k": 2}}
+FULL = ("0k,1k,2k,4k", "8k", "16k")  # full attention is quadratic: an hour for 128k tokens
+if len(sys.argv) != 2 or sys.argv[1] not in SEEDS:
+    sys.exit(f"error: name the table: python docs/babilong_table.py {' or '.join(SEEDS)}")
+TABLE = sys.argv[1]
+PRESET, OUT = ROOT / "config" / f"babilong_{TABLE}.toml", ROOT / "out" / TABLE
+MATCH = f"--match_params={OUT}/lm2-1"
+MODELS = {"LM2": ("lm2", []), "vanilla, window": ("window", ["--memory=none", MATCH]),
+          "RMT": ("rmt", ["--memory=rmt", "--mem_slots=16", MATCH]),
+          "vanilla, full attention": ("full", ["--memory=none", "--attention=full", MATCH])}
+RAG = 10  # sentences
+
+
+def call(*args):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *args], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def train(folder, flags, seed):
+    """Train, unless it was done before, and keep the seconds it took."""
+    out_dir = OUT / f"{folder}-{seed}"
+    if (out_dir / "seconds").exists():
+        return
+    while MATCH in flags and not (OUT / "lm2-1" / "config.json").exists():
+        time.sleep(1)  # until the run of LM2 beside this one has counted its parameters
+    start = time.time()
+    call("train.py", f"--config={PRESET}", f"--out_dir={out_dir}", f"--seed={seed}", "--overwrite", *flags)
+    (out_dir / "seconds").write_text(str(time.time() - start))
+    print(f"{out_dir}: trained", file=sys.stderr)
+
+
+def evaluate(folder, seed, *flags):
+    """The answers of a run. Each has a folder of its own, so that several are evaluated at once."""
+    for lengths, n in QUESTIONS[TABLE].items():
+        if folder != "full" or flags or lengths in FULL:
+            call("eval_babilong.py", f"{OUT}/{folder}-{seed}", f"--tasks={tomllib.loads(PRESET.read_text())['tasks']}", f"--lengths={lengths}",
+                 f"--n_samples={n}", f"--out_dir={OUT}/results/{folder}-{seed}", *flags)
+    print(f"{folder}-{seed} {' '.join(flags)}: evaluated", file=sys.stderr)
+
+
+def results(folder, suffix=""):
+    """What results.json says of the run of each seed."""
+    return [json.loads((OUT / "results" / f"{folder}-{seed}" / "results.json").read_text())["runs"][f"{folder}-{seed}{suffix}"] for seed in SEEDS[TABLE]]
+
+
+def percent(cell):
+    n, right = cell
+    return 100 * right / n
+
+
+def row(name, folder, suffix=""):
+    """A row of the table: parameters, minutes of training, accuracy at each length (average over tasks), mean and deviation over seeds."""
+    runs = results(folder, suffix)
+    minutes = mean(float((OUT / f"{folder}-{seed}" / "seconds").read_text()) for seed in SEEDS[TABLE]) / 60
+    cells = []
+    for length in LENGTHS:
+        found = [mean(map(percent, run["cells"][length].values())) for run in runs if length in run["cells"]]
+        cells.append("" if not found else f"{mean(found):.0f}" + (f" ± {stdev(found):.0f}" if len(found) > 1 else ""))
+    return f"| {name} | {runs[0]['parameters']:,} | {minutes:.0f} | {' | '.join(cells)} |"
+
+
+with ThreadPoolExecutor(os.cpu_count()) as pool:
+    list(pool.map(lambda job: train(*MODELS[job[0]], job[1]), [(name, seed) for name in MODELS for seed in SEEDS[TABLE]]))
+    list(pool.map(lambda job: evaluate(*job), [(folder, seed) for folder, _ in MODELS.values() for seed in SEEDS[TABLE]]))
+    list(pool.map(lambda seed: evaluate("full", seed, f"--rag={RAG}"), SEEDS[TABLE]))
+
+LENGTHS = ",".join(QUESTIONS[TABLE]).split(",")
+print("\n".join([f"| accuracy in % | parameters | minutes | {' | '.join(LENGTHS)} |", "| --- | ---: | ---: |" + " ---: |" * len(LENGTHS),
+                 *(row(name, folder) for name, (folder, _) in MODELS.items()),
+                 row("RAG on full attention", "full", f" + RAG ({RAG} sentences)")]))
+if TABLE == "ten":  # and LM2's accuracy task by task
+    cells = results("lm2")[0]["cells"]
+    tasks = list(cells["0k"])
+    print(f"\n| LM2 | {' | '.join(tasks)} |\n| --- |" + " ---: |" * len(tasks))
+    for length in LENGTHS:
+        print(f"| {length} | {' | '.join(f'{percent(cells[length][task]):.0f}' for task in tasks)} |")
