@@ -41,7 +41,6 @@ class LM2Config:
     mem_layers: int = -1         # blocks with memory, counted from the first, -1: all
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
     mem_write: str = "attend"    # attend: slots attend to the segment; aligned: slot i takes position i, as in the paper
-    window_dropout: float = 0.0  # lm2: share of training batches whose window ends at the segment's border, so that memory is needed
 
     def __post_init__(self):
         """Fills in the zeros; raises ValueError, one line that says what to change, for what cannot work."""
@@ -59,9 +58,8 @@ class LM2Config:
                 raise ValueError(f"{name}={getattr(self, name)} must divide {total}={getattr(self, total)}")
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd/n_head={self.n_embd // self.n_head} must be even for rotary positions")
-        for name in ("dropout", "window_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.memory != "lm2":
             return
         if self.mem_write == "aligned" and self.mem_slots != self.block_size:
@@ -121,29 +119,28 @@ def attend(q, k, v, mask=None, causal=False):
 
 def causal_mask(n_q, n_k, window, device):
     """(n_q, n_k) True where query i sees key j: the last query stands at the last key and each sees `window` keys at most."""
-    i, j = torch.arange(n_k - n_q, n_k, device=device)[:, None], torch.arange(n_k, device=device)
+    i = torch.arange(n_k - n_q, n_k, device=device)[:, None]
+    j = torch.arange(n_k, device=device)
     return (j <= i) & (j > i - window)
 
 
-def window_attention(q, k, v, window, cut=None):
+def window_attention(q, k, v, window):
     """
-    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries. q (B, L, nh, hs); k, v
-    (B, P + L, nkv, hs), P < window of them from before the first query; cut () True: not to the block before -> (B, L, nh * hs)
+    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries.
+    q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
     """
     past, first = k.size(1) - q.size(1), min(window, q.size(1))
     mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
     y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
     if not (rest := q.size(1) - first):
         return y
-    n, pad = math.ceil(rest / window), -rest % window  # further blocks of queries, each sees its own keys and those of the block before
+    # every further block of queries sees its own keys and those of the block before
+    n, pad = math.ceil(rest / window), -rest % window
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x for x in (q[:, first:], k[:, past:], v[:, past:]))
     q = q.reshape(-1, window, *q.shape[2:])                                          # (B*n, T, nh, hs)
     k, v = (x.unflatten(1, (n + 1, window)) for x in (k, v))
     k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))   # (B*n, 2T, nkv, hs)
-    mask = causal_mask(window, 2 * window, window, q.device)
-    if cut is not None:
-        mask[:, :window] &= ~cut
-    more = attend(q, k, v, mask)
+    more = attend(q, k, v, causal_mask(window, 2 * window, window, q.device))
     return torch.cat((y, more.view(y.size(0), n * window, -1)[:, :rest]), dim=1)
 
 
@@ -164,13 +161,13 @@ class Attention(nn.Module):
         qk = norm_heads(qk, c)
         return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v, qk[:, :, c.n_head:]
 
-    def forward(self, q, k, v, k_past, v_past, cut=None):
+    def forward(self, q, k, v, k_past, v_past):
         """What `project` gives, keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
         c = self.config
         if past := k_past.size(1):
             k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
         if c.attention == "window":
-            y, start = window_attention(q, k, v, c.block_size, cut), max(0, k.size(1) - c.block_size + 1)
+            y, start = window_attention(q, k, v, c.block_size), max(0, k.size(1) - c.block_size + 1)
         else:
             mask = causal_mask(q.size(1), k.size(1), k.size(1), q.device) if past else None
             y, start = attend(q, k, v, mask, causal=not past), 0
@@ -233,7 +230,8 @@ class MemoryBank(nn.Module):
         banks = [M]
         if self.config.mem_write == "attend":
             C = self.content(*source)
-            for segment in zip(*(x.unbind(1) for x in (C, *self.gates(C, C)))):
+            g_in, g_forget = self.gates(C, C)
+            for segment in zip(C.unbind(1), g_in.unbind(1), g_forget.unbind(1)):
                 banks.append(self.update(banks[-1], *segment))
         else:  # slot i belongs to position i, and what it read is what it writes
             for h in source[0].unbind(1):
@@ -286,11 +284,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, state, cut=None):
-        """x (B, L, D), state LayerState, cut as in `window_attention` -> x (B, L, D), the state after these tokens."""
+    def forward(self, x, rope, state):
+        """x (B, L, D), state LayerState -> x (B, L, D), the state after these tokens."""
         h = self.norm1(x)
         q, k, v, unturned = self.attention.project(h, rope)
-        y, *past = self.attention(q, k, v, state.k, state.v, cut)
+        y, *past = self.attention(q, k, v, state.k, state.v)
         M, unwritten = state.M, state.unwritten
         if self.memory:
             E, M, unwritten = self.memory(h, unturned, v, M, unwritten)
@@ -323,10 +321,12 @@ class LM2(nn.Module):
         biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": 0.0}
         for name, p in self.named_parameters():
             *_, kind, last = name.split(".")
-            if p.ndim == 1:
-                p.fill_(biases[kind] if last == "bias" else 1.0)
+            if last == "bias":
+                p.fill_(biases[kind])
             elif kind in ("head", "w_v", *biases):
                 p.zero_()
+            elif p.ndim == 1:
+                p.fill_(1.0)
             else:
                 p.normal_(std=1.0 if last == "slots" else 0.5 if kind == "embedding" else p.size(1) ** -0.5)
 
@@ -348,10 +348,9 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.size(0), idx.device)
         x = self.dropout(self.embedding(idx))
         rope = rope_angles(state.pos, idx.size(1), self.config.n_embd // self.config.n_head, self.config.rope_theta, idx.device)
-        cut = torch.rand((), device=idx.device) < self.config.window_dropout if self.training and self.blocks[0].memory else None
         layers = []
         for block, layer in zip(self.blocks, state.layers):
-            x, layer = block(x, rope, layer, cut)
+            x, layer = block(x, rope, layer)
             layers.append(layer)
         return self.norm(x), State(state.pos + idx.size(1), layers)
 

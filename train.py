@@ -218,7 +218,6 @@ def main():
     torch.manual_seed(config.seed)
     raw_model = checkpoint.build(model_config(config)).to(device)
     optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type, config.momentum)
-    banks = [p for name, p in raw_model.named_parameters() if ".memory." in name]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, best = 0, math.inf
     if config.resume:
@@ -298,9 +297,6 @@ def main():
                     loss = model(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
                 loss.backward()
             status[0] += loss.detach() / world
-        if x.size(1) <= config.block_size:  # nothing was written yet, so there is nothing to learn to read
-            for p in banks:
-                p.grad = None
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         status[1] = len(stop)
         if world > 1:
