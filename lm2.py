@@ -44,8 +44,7 @@ class LM2Config:
 
     def __post_init__(self):
         """Fills in the zeros; raises ValueError, one line that says what to change, for what cannot work."""
-        self.n_kv_head = self.n_kv_head or self.n_head
-        self.mem_heads = self.mem_heads or self.n_head
+        self.n_kv_head, self.mem_heads = self.n_kv_head or self.n_head, self.mem_heads or self.n_head
         self.mem_layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "mem_slots", "mem_heads"):
             if getattr(self, name) <= 0:
@@ -74,6 +73,7 @@ class LayerState(NamedTuple):
     k: torch.Tensor         # (B, P, n_kv_head, hs) keys of the last P = min(pos, T - 1) tokens, of all with attention="full"
     v: torch.Tensor         # (B, P, n_kv_head, hs) their values
     M: torch.Tensor | None  # (B, N, D) the bank after the last whole segment, float32; None without memory
+    kv: tuple | None        # its keys and values (B, N, mem_heads, hs), None until a token reads it
     unwritten: list[torch.Tensor]  # (B, pos % T, ...) each: of the unfinished segment, what is written from when it ends
 
 
@@ -119,8 +119,7 @@ def attend(q, k, v, mask=None, causal=False):
 
 def causal_mask(n_q, n_k, window, device):
     """(n_q, n_k) True where query i sees key j: the last query stands at the last key and each sees `window` keys at most."""
-    i = torch.arange(n_k - n_q, n_k, device=device)[:, None]
-    j = torch.arange(n_k, device=device)
+    i, j = torch.arange(n_k - n_q, n_k, device=device)[:, None], torch.arange(n_k, device=device)
     return (j <= i) & (j > i - window)
 
 
@@ -134,8 +133,7 @@ def window_attention(q, k, v, window):
     y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
     if not (rest := q.size(1) - first):
         return y
-    # every further block of queries sees its own keys and those of the block before
-    n, pad = math.ceil(rest / window), -rest % window
+    n, pad = math.ceil(rest / window), -rest % window  # further blocks of queries, each sees its own keys and those of the block before
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x for x in (q[:, first:], k[:, past:], v[:, past:]))
     q = q.reshape(-1, window, *q.shape[2:])                                          # (B*n, T, nh, hs)
     k, v = (x.unflatten(1, (n + 1, window)) for x in (k, v))
@@ -194,11 +192,18 @@ class MemoryBank(nn.Module):
         """The bank before the first segment: the identity, (B, N, D)."""
         return torch.eye(self.config.mem_slots, self.config.n_embd, device=device).expand(batch, -1, -1)
 
-    def read(self, h, M):
-        """E_mem: each token asks the slots (Eq. 1-2). h (..., L, D), M (..., N, D) -> (..., L, D)"""
-        slots, topk, mask = self.norm(M), self.config.mem_topk, None
-        q, k, v = (wide(x).unflatten(-1, (self.config.mem_heads, -1)).flatten(0, -4) for x in (self.w_q(h), self.w_k(slots), self.w_v(slots)))
-        q, k = norm_heads(q, self.config), norm_heads(k, self.config)
+    def heads(self, x):
+        """x (..., L, D) -> (B, L, mem_heads, hs), with all leading dimensions in B"""
+        return wide(x).unflatten(-1, (self.config.mem_heads, -1)).flatten(0, -4)
+
+    def keys_values(self, M):
+        """K and V of the slots (Eq. 1). M (..., N, D) -> (B, N, mem_heads, hs) each"""
+        slots = self.norm(M)
+        return norm_heads(self.heads(self.w_k(slots)), self.config), self.heads(self.w_v(slots))
+
+    def read(self, h, k, v):
+        """E_mem: each token asks the slots (Eq. 1-2). h (..., L, D), their k and v as `keys_values` gives them -> (..., L, D)"""
+        q, topk, mask = norm_heads(self.heads(self.w_q(h)), self.config), self.config.mem_topk, None
         if topk:
             scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
             mask = scores >= scores.topk(topk).values[..., -1:]  # (B, heads, L, N)
@@ -230,34 +235,33 @@ class MemoryBank(nn.Module):
         banks = [M]
         if self.config.mem_write == "attend":
             C = self.content(*source)
-            g_in, g_forget = self.gates(C, C)
-            for segment in zip(C.unbind(1), g_in.unbind(1), g_forget.unbind(1)):
+            for segment in zip(*(x.unbind(1) for x in (C, *self.gates(C, C)))):
                 banks.append(self.update(banks[-1], *segment))
         else:  # slot i belongs to position i, and what it read is what it writes
             for h in source[0].unbind(1):
-                C = self.read(h, banks[-1])
+                C = self.read(h, *self.keys_values(banks[-1]))
                 banks.append(self.update(banks[-1], C, *self.gates(h, C)))
         return torch.stack(banks, dim=1)
 
-    def forward(self, h, k, v, M, unwritten):
+    def forward(self, h, k, v, M, kv, unwritten):
         """
-        h (B, L, D) normed inputs, their keys (not yet turned) and values (B, L, n_kv_head, hs), M (B, N, D) the bank, unwritten
-        (B, o, ...) each of the unfinished segment before them -> g_out * E_mem (B, L, D), the new bank, the new unwritten
+        h (B, L, D) normed inputs, their keys (not yet turned) and values (B, L, n_kv_head, hs); M, kv, unwritten as in LayerState
+        -> g_out * E_mem (B, L, D), the new M, kv and unwritten
         """
         T, L = self.config.block_size, h.size(1)
         source = (k, v) if self.config.mem_write == "attend" else (h,)
         if unwritten:
             source = [torch.cat(pair, dim=1) for pair in zip(unwritten, source)]
-        o = source[0].size(1) - L
-        whole = (o + L) // T
+        o, whole = source[0].size(1) - L, source[0].size(1) // T
         banks = self.write([x[:, :whole * T].unflatten(1, (whole, T)) for x in source], M) if whole else M[:, None]
         if o + L <= T:  # all tokens in one segment
-            E = self.read(h, M)
+            kv = kv or self.keys_values(M)
+            E = self.read(h, *kv)
         else:           # put each token into its segment, read all segments at once
             n, pad = math.ceil((o + L) / T), -(o + L) % T
             queries = (F.pad(h, (0, 0, o, pad)) if o or pad else h).unflatten(1, (n, T))
-            E = self.read(queries, banks[:, :n]).flatten(1, 2)[:, o:o + L]
-        return self.output_gate(E) * E, banks[:, -1], [x[:, whole * T:] for x in source]
+            E = self.read(queries, *self.keys_values(banks[:, :n])).flatten(1, 2)[:, o:o + L]
+        return self.output_gate(E) * E, banks[:, -1], None if whole else kv, [x[:, whole * T:] for x in source]
 
 
 class MLP(nn.Module):
@@ -289,12 +293,12 @@ class Block(nn.Module):
         h = self.norm1(x)
         q, k, v, unturned = self.attention.project(h, rope)
         y, *past = self.attention(q, k, v, state.k, state.v)
-        M, unwritten = state.M, state.unwritten
+        memory = state[2:]
         if self.memory:
-            E, M, unwritten = self.memory(h, unturned, v, M, unwritten)
+            E, *memory = self.memory(h, unturned, v, *memory)
             y = y + E
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.norm2(x))), LayerState(*past, M, unwritten)
+        return x + self.dropout(self.mlp(self.norm2(x))), LayerState(*past, *memory)
 
 
 class LM2(nn.Module):
@@ -311,22 +315,19 @@ class LM2(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        embedding              normal, std 0.5
+        embedding, slots       normal, std 0.5 and 1
         head, memory's w_v     zero: the first loss is log(vocab_size), and memory adds nothing at first
         gates (w_in, ...)      zero matrices, so that they start at their biases: input and output 0 (half open, so that the memory's gradient
                                is not lost behind a closed one); forget +2 (0.88), so that memory lives long enough to be learned
-        slots (queries)        normal, std 1
         other matrices         normal, std 1/sqrt(fan_in); gains one
         """
         biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": 0.0}
         for name, p in self.named_parameters():
             *_, kind, last = name.split(".")
-            if last == "bias":
-                p.fill_(biases[kind])
+            if p.ndim == 1:
+                p.fill_(biases[kind] if last == "bias" else 1.0)
             elif kind in ("head", "w_v", *biases):
                 p.zero_()
-            elif p.ndim == 1:
-                p.fill_(1.0)
             else:
                 p.normal_(std=1.0 if last == "slots" else 0.5 if kind == "embedding" else p.size(1) ** -0.5)
 
@@ -341,7 +342,7 @@ class LM2(nn.Module):
         """The State before the first token."""
         c = self.config
         kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
-        return State(0, [LayerState(kv, kv, b.memory.initial(batch, device) if b.memory else None, []) for b in self.blocks])
+        return State(0, [LayerState(kv, kv, b.memory.initial(batch, device) if b.memory else None, None, []) for b in self.blocks])
 
     def features(self, idx, state=None):
         """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""

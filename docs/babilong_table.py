@@ -21,7 +21,8 @@ QUESTIONS = {"qa1": {"0k,1k,2k,4k": 100, "8k": 50, "16k": 25},  # of each task, 
              "ten": {"0k,1k,2k,4k": 20, "8k": 10, "16k": 5, "32k": 3, "64k": 2, "128k": 1}}
 FULL = ("0k,1k,2k,4k", "8k", "16k")  # full attention is quadratic: an hour for 128k tokens
 if len(sys.argv) != 2 or sys.argv[1] not in SEEDS:
-    sys.exit(f"error: name the table: python docs/babilong_table.py {' or '.join(SEEDS)}")
+    print(f"error: name the table: python docs/babilong_table.py {' or '.join(SEEDS)}", file=sys.stderr)
+    sys.exit(2)
 TABLE = sys.argv[1]
 PRESET, OUT = ROOT / "config" / f"babilong_{TABLE}.toml", ROOT / "out" / TABLE
 MATCH = f"--match_params={OUT}/lm2-1"
@@ -91,6 +92,7 @@ print("\n".join([f"| accuracy in % | parameters | minutes | {' | '.join(LENGTHS)
 if TABLE == "ten":  # and LM2's accuracy task by task
     cells = results("lm2")[0]["cells"]
     tasks = list(cells["0k"])
-    print(f"\n| LM2 | {' | '.join(tasks)} |\n| --- |" + " ---: |" * len(tasks))
+    print(f"\n| LM2 | {' | '.join(tasks)} | qa1-qa5 | all |\n| --- |" + " ---: |" * (len(tasks) + 2))
     for length in LENGTHS:
-        print(f"| {length} | {' | '.join(f'{percent(cells[length][task]):.0f}' for task in tasks)} |")
+        found = [percent(cells[length][task]) for task in tasks]
+        print(f"| {length} | {' | '.join(f'{a:.0f}' for a in (*found, mean(found[:5]), mean(found)))} |")

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 import checkpoint
-from lm2 import LM2, LM2Config, attend, rope_angles, sample, window_attention
+from lm2 import LM2, LM2Config, MemoryBank, attend, rope_angles, sample, window_attention
 
 T = 8
 WRITES = [dict(mem_write="attend", mem_slots=5), dict(mem_write="aligned", mem_slots=T), dict(mem_write="attend", mem_slots=5, mem_topk=2)]
@@ -100,11 +100,19 @@ def test_cached_generate_equals_recomputing(kwargs):
 
 @torch.no_grad()
 def test_state_does_not_grow():
-    model, state, sizes = make_model(), None, set()
-    for _ in range(6):
-        _, _, state = model(torch.randint(13, (1, 2 * T)), state=state)
-        sizes.add(sum(x.numel() for layer in state.layers for x in (layer.k, layer.v, layer.M, *layer.unwritten)))
-    assert len(sizes) == 1
+    model, state, sizes = make_model(), None, []
+    for _ in range(6 * T):
+        _, _, state = model(torch.randint(13, (1, 1)), state=state)
+        sizes.append(sum(x.numel() for layer in state.layers for x in (layer.k, layer.v, layer.M, *(layer.kv or ()), *layer.unwritten)))
+    assert sizes[T:2 * T] == sizes[2 * T:3 * T] == sizes[-T:]
+
+
+@torch.no_grad()
+def test_the_bank_is_projected_once_a_segment(monkeypatch):
+    model, calls, project = make_model(), [], MemoryBank.keys_values
+    monkeypatch.setattr(MemoryBank, "keys_values", lambda bank, M: calls.append(bank) or project(bank, M))
+    read_in_chunks(model, torch.randint(13, (1, 3 * T)), [1] * 3 * T)
+    assert [calls.count(block.memory) for block in model.blocks] == [3, 3, 3]
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ def make_bank(**kwargs):
 
 def run(bank, h, k, v, M):
     """As `reference` does it, for a batch: h, k, v (B, S * T, D), M (B, N, D) -> g_out * E_mem, the bank at the end."""
-    out, after, unwritten = bank(h, k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1)), M, [])
+    out, after, kv, unwritten = bank(h, k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1)), M, None, [])
     return out, after
 
 
@@ -149,7 +149,7 @@ def test_closed_forget_gate_erases_the_bank(kwargs):
 @pytest.mark.parametrize("kwargs", CASES[:1] + CASES[3:4], ids=str)
 def test_gates_lie_between_0_and_1(kwargs):
     bank, h, k, v, M = make_bank(**kwargs)
-    E = bank.read(h, M)
+    E = bank.read(h, *bank.keys_values(M))
     C = bank.content(*(x.view(BATCH, SEGMENTS, T, HEADS, -1) for x in (k, v))) if bank.config.mem_write == "attend" else E
     for gate in (bank.output_gate(E), *bank.gates(C, C)):
         assert (gate > 0).all() and (gate < 1).all()
