@@ -25,7 +25,8 @@ if len(sys.argv) != 2 or sys.argv[1] not in SEEDS:
     sys.exit(2)
 TABLE = sys.argv[1]
 PRESET, OUT = ROOT / "config" / f"babilong_{TABLE}.toml", ROOT / "out" / TABLE
-MATCH = f"--match_params={OUT}/lm2-1"
+TASKS = tomllib.loads(PRESET.read_text())["tasks"]
+MATCH = f"--match_params={OUT}/size"
 MODELS = {"LM2": ("lm2", []), "vanilla, window": ("window", ["--memory=none", MATCH]),
           "RMT": ("rmt", ["--memory=rmt", "--mem_slots=16", MATCH]),
           "vanilla, full attention": ("full", ["--memory=none", "--attention=full", MATCH])}
@@ -33,8 +34,12 @@ RAG = 10  # sentences
 
 
 def call(*args):
+    """Run a program of the project on one thread; where it fails, its last line ends this one."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *args], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr.strip().split("\n")[-1], file=sys.stderr)
+        sys.exit(done.returncode)
 
 
 def train(folder, flags, seed):
@@ -42,8 +47,6 @@ def train(folder, flags, seed):
     out_dir = OUT / f"{folder}-{seed}"
     if (out_dir / "seconds").exists():
         return
-    while MATCH in flags and not (OUT / "lm2-1" / "config.json").exists():
-        time.sleep(1)  # until the run of LM2 beside this one has counted its parameters
     start = time.time()
     call("train.py", f"--config={PRESET}", f"--out_dir={out_dir}", f"--seed={seed}", "--overwrite", *flags)
     (out_dir / "seconds").write_text(str(time.time() - start))
@@ -54,8 +57,8 @@ def evaluate(folder, seed, *flags):
     """The answers of a run. Each has a folder of its own, so that several are evaluated at once."""
     for lengths, n in QUESTIONS[TABLE].items():
         if folder != "full" or flags or lengths in FULL:
-            call("eval_babilong.py", f"{OUT}/{folder}-{seed}", f"--tasks={tomllib.loads(PRESET.read_text())['tasks']}", f"--lengths={lengths}",
-                 f"--n_samples={n}", f"--out_dir={OUT}/results/{folder}-{seed}", *flags)
+            call("eval_babilong.py", f"{OUT}/{folder}-{seed}", f"--tasks={TASKS}", f"--lengths={lengths}", f"--n_samples={n}",
+                 f"--out_dir={OUT}/results/{folder}-{seed}", *flags)
     print(f"{folder}-{seed} {' '.join(flags)}: evaluated", file=sys.stderr)
 
 
@@ -80,6 +83,7 @@ def row(name, folder, suffix=""):
     return f"| {name} | {runs[0]['parameters']:,} | {minutes:.0f} | {' | '.join(cells)} |"
 
 
+call("train.py", f"--config={PRESET}", f"--out_dir={OUT}/size", "--max_iters=0", "--overwrite")  # LM2's parameters, for the others to match
 with ThreadPoolExecutor(os.cpu_count()) as pool:
     list(pool.map(lambda job: train(*MODELS[job[0]], job[1]), [(name, seed) for name in MODELS for seed in SEEDS[TABLE]]))
     list(pool.map(lambda job: evaluate(*job), [(folder, seed) for folder, _ in MODELS.values() for seed in SEEDS[TABLE]]))
@@ -91,7 +95,7 @@ print("\n".join([f"| accuracy in % | parameters | minutes | {' | '.join(LENGTHS)
                  row("RAG on full attention", "full", f" + RAG ({RAG} sentences)")]))
 if TABLE == "ten":  # and LM2's accuracy task by task
     cells = results("lm2")[0]["cells"]
-    tasks = list(cells["0k"])
+    tasks = TASKS.split(",")
     print(f"\n| LM2 | {' | '.join(tasks)} | qa1-qa5 | all |\n| --- |" + " ---: |" * (len(tasks) + 2))
     for length in LENGTHS:
         found = [percent(cells[length][task]) for task in tasks]
