@@ -293,7 +293,7 @@ class Block(nn.Module):
         h = self.norm1(x)
         q, k, v, unturned = self.attention.project(h, rope)
         y, *past = self.attention(q, k, v, state.k, state.v)
-        memory = state[2:]
+        memory = state[2:]  # M, kv, unwritten
         if self.memory:
             E, *memory = self.memory(h, unturned, v, *memory)
             y = y + E
