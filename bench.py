@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 import checkpoint
 from configurator import parse, user_errors
-from data.babilong import Haystack, encode_line, simulate, training_batch
-from data.curriculum import tokenizer_text
+from data.babilong import Haystack, encode_line, simulate
+from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
 from lm2 import LM2Config

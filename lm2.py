@@ -41,6 +41,7 @@ class LM2Config:
     mem_layers: int = -1         # blocks with memory, counted from the first, -1: all
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
     mem_write: str = "attend"    # attend: slots attend to the segment; aligned: slot i takes position i, as in the paper
+    window_dropout: float = 0.0  # lm2: share of training batches whose window ends at the segment's border, so that memory is needed
 
     def __post_init__(self):
         """Fills in the zeros; raises ValueError, one line that says what to change, for what cannot work."""
@@ -57,8 +58,8 @@ class LM2Config:
                 raise ValueError(f"{name}={getattr(self, name)} must divide {total}={getattr(self, total)}")
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"n_embd/n_head={self.n_embd // self.n_head} must be even for rotary positions")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if not (0 <= self.dropout < 1 and 0 <= self.window_dropout < 1):
+            raise ValueError(f"dropout={self.dropout} and window_dropout={self.window_dropout} must be at least 0 and below 1")
         if self.memory != "lm2":
             return
         if self.mem_write == "aligned" and self.mem_slots != self.block_size:
@@ -117,16 +118,17 @@ def attend(q, k, v, mask=None, causal=False):
     return y.transpose(1, 2).flatten(2)
 
 
-def causal_mask(n_q, n_k, window, device):
-    """(n_q, n_k) True where query i sees key j: the last query stands at the last key and each sees `window` keys at most."""
+def causal_mask(n_q, n_k, window, device, cut=None):
+    """(n_q, n_k): does query i (the last at the last key) see key j? `window` keys at most; where cut () is True, none before query 0."""
     i, j = torch.arange(n_k - n_q, n_k, device=device)[:, None], torch.arange(n_k, device=device)
-    return (j <= i) & (j > i - window)
+    seen = (j <= i) & (j > i - window)
+    return seen if cut is None else seen & (~cut | (j >= n_k - n_q))
 
 
-def window_attention(q, k, v, window):
+def window_attention(q, k, v, window, cut=None):
     """
-    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries.
-    q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
+    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries, which end it where cut (see
+    causal_mask). q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
     """
     past, first = k.size(1) - q.size(1), min(window, q.size(1))
     mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
@@ -138,7 +140,7 @@ def window_attention(q, k, v, window):
     q = q.reshape(-1, window, *q.shape[2:])                                          # (B*n, T, nh, hs)
     k, v = (x.unflatten(1, (n + 1, window)) for x in (k, v))
     k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))   # (B*n, 2T, nkv, hs)
-    more = attend(q, k, v, causal_mask(window, 2 * window, window, q.device))
+    more = attend(q, k, v, causal_mask(window, 2 * window, window, q.device, cut))
     return torch.cat((y, more.view(y.size(0), n * window, -1)[:, :rest]), dim=1)
 
 
@@ -159,13 +161,13 @@ class Attention(nn.Module):
         qk = norm_heads(qk, c)
         return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v, qk[:, :, c.n_head:]
 
-    def forward(self, q, k, v, k_past, v_past):
+    def forward(self, q, k, v, k_past, v_past, cut=None):
         """What `project` gives, keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
         c = self.config
         if past := k_past.size(1):
             k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
         if c.attention == "window":
-            y, start = window_attention(q, k, v, c.block_size), max(0, k.size(1) - c.block_size + 1)
+            y, start = window_attention(q, k, v, c.block_size, cut), max(0, k.size(1) - c.block_size + 1)
         else:
             mask = causal_mask(q.size(1), k.size(1), k.size(1), q.device) if past else None
             y, start = attend(q, k, v, mask, causal=not past), 0
@@ -288,11 +290,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, state):
-        """x (B, L, D), state LayerState -> x (B, L, D), the state after these tokens."""
+    def forward(self, x, rope, state, cut=None):
+        """x (B, L, D), state LayerState, cut as in `window_attention` -> x (B, L, D), the state after these tokens."""
         h = self.norm1(x)
         q, k, v, unturned = self.attention.project(h, rope)
-        y, *past = self.attention(q, k, v, state.k, state.v)
+        y, *past = self.attention(q, k, v, state.k, state.v, cut)
         memory = state[2:]  # M, kv, unwritten
         if self.memory:
             E, *memory = self.memory(h, unturned, v, *memory)
@@ -317,8 +319,7 @@ class LM2(nn.Module):
         """
         embedding, slots       normal, std 0.5 and 1
         head, memory's w_v     zero: the first loss is log(vocab_size), and memory adds nothing at first
-        gates (w_in, ...)      zero matrices, so that they start at their biases: input and output 0 (half open, so that the memory's gradient
-                               is not lost behind a closed one); forget +2 (0.88), so that memory lives long enough to be learned
+        gates (w_in, ...)      zero, so they start at their biases: input and output half open (closed, they hide the gradient), forget +2 (0.88)
         other matrices         normal, std 1/sqrt(fan_in); gains one
         """
         biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": 0.0}
@@ -340,8 +341,7 @@ class LM2(nn.Module):
 
     def initial_state(self, batch, device):
         """The State before the first token."""
-        c = self.config
-        kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
+        kv = torch.empty(batch, 0, self.config.n_kv_head, self.config.n_embd // self.config.n_head, device=device)
         return State(0, [LayerState(kv, kv, b.memory.initial(batch, device) if b.memory else None, None, []) for b in self.blocks])
 
     def features(self, idx, state=None):
@@ -349,9 +349,10 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.size(0), idx.device)
         x = self.dropout(self.embedding(idx))
         rope = rope_angles(state.pos, idx.size(1), self.config.n_embd // self.config.n_head, self.config.rope_theta, idx.device)
+        cut = torch.rand((), device=idx.device) < self.config.window_dropout if self.training and self.blocks[0].memory else None
         layers = []
         for block, layer in zip(self.blocks, state.layers):
-            x, layer = block(x, rope, layer)
+            x, layer = block(x, rope, layer, cut)
             layers.append(layer)
         return self.norm(x), State(state.pos + idx.size(1), layers)
 
@@ -368,9 +369,8 @@ class LM2(nn.Module):
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """
-        Continue idx (B, L), L >= 1, yielding the next token of each row (B,) one at a time. Costs O(T + N) a token and constant
-        memory with attention="window", whatever came before. temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p
-        the likeliest that together reach probability p.
+        Continue idx (B, L), L >= 1, yielding the next token of each row (B,), each at a cost of O(T + N) with attention="window".
+        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that together reach probability p.
         """
         chunk, state = 16 * self.config.block_size, None  # a long prompt is read piece by piece
         for start in range(0, idx.size(1), chunk):

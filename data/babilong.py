@@ -4,7 +4,6 @@ BABILong: the facts of bAbI stories hidden in a long text, and questions about t
     simulate             an endless source of stories for the bAbI tasks 1 to 10 (Weston et al. 2015, arXiv 1502.05698)
     read_babi            stories of a real bAbI v1.2 file; read_babilong: samples of a real BABILong file
     Haystack             a corpus by sentences, to hide facts in
-    training_batch       whole stories with their questions and answers in place, the loss on answer tokens only
     evaluation_sample    the facts in a text, and one question at the end; is_correct: BABILong's rule for its answer
 
     python -m data.babilong --task=qa3 --seed=1     prints a story
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 
 class Line(NamedTuple):
@@ -127,6 +125,18 @@ def tell_and_ask(world, question):
     return world.lines
 
 
+def tell_then_ask(world, question):
+    """A story for training: two to ten events, and behind them, in any order, all that can be asked about them."""
+    found = {}
+    while not found:
+        for _ in range(world.rng.randint(2, 10)):
+            world.event()
+        found = {asked[0]: asked for fact in world.facts if (asked := question(world, fact))}
+    for text, answer, support in world.rng.sample(list(found.values()), len(found)):
+        world.lines.append(Line(text, answer, tuple(fact.line for fact in support)))
+    return world.lines
+
+
 def where_is_actor(world, fact):
     return f"Where is {fact.actor}?", world.place[fact.actor], [world.told[fact.actor]]
 
@@ -152,7 +162,7 @@ def where_was_object(world, fact):
 
 def who_gave_what(world, fact):
     """Of a gift, unless the object, or another one between the same two, was given since: the text would have another answer."""
-    later = [other for other in world.facts[-5:] if other.kind == "give" and other.line > fact.line]
+    later = [other for other in world.facts if other.kind == "give" and other.line > fact.line]
     _, kind, giver, thing, to, _ = fact
     if kind != "give" or any(other.thing == thing or (other.actor, other.to) == (giver, to) for other in later):
         return None
@@ -209,26 +219,26 @@ def two_relations(rng):
 
 HANDLE, TOWN = ("move", "get", "drop"), ("bedroom", "cinema", "kitchen", "office", "park", "school")
 TASKS = {
-    "qa1": lambda rng: tell_and_ask(World(rng, ["move"]), where_is_actor),
-    "qa2": lambda rng: tell_and_ask(World(rng, HANDLE), where_is_object),
-    "qa3": lambda rng: tell_and_ask(World(rng, HANDLE, get_there=0.2), where_was_object),
-    "qa4": two_relations,
-    "qa5": lambda rng: tell_and_ask(World(rng, (*HANDLE, "give"), ("Mary", "Fred", "Bill", "Jeff")), who_gave_what),
-    "qa6": lambda rng: tell_and_ask(World(rng, HANDLE), is_actor_there),
-    "qa7": lambda rng: tell_and_ask(World(rng, (*HANDLE, "give")), how_many),
-    "qa8": lambda rng: tell_and_ask(World(rng, HANDLE), what_is_carried),
-    "qa9": lambda rng: tell_and_ask(World(rng, ("move", "move", "is", "not")), is_actor_there),
-    "qa10": lambda rng: tell_and_ask(World(rng, ("move", "move", "is", "either"), ("Bill", "Fred", "Julie", "Mary"), TOWN), is_actor_there),
+    "qa1": lambda rng, tell: tell(World(rng, ["move"]), where_is_actor),
+    "qa2": lambda rng, tell: tell(World(rng, HANDLE), where_is_object),
+    "qa3": lambda rng, tell: tell(World(rng, HANDLE, get_there=0.2), where_was_object),
+    "qa4": lambda rng, tell: two_relations(rng),
+    "qa5": lambda rng, tell: tell(World(rng, (*HANDLE, "give"), ("Mary", "Fred", "Bill", "Jeff")), who_gave_what),
+    "qa6": lambda rng, tell: tell(World(rng, HANDLE), is_actor_there),
+    "qa7": lambda rng, tell: tell(World(rng, (*HANDLE, "give")), how_many),
+    "qa8": lambda rng, tell: tell(World(rng, HANDLE), what_is_carried),
+    "qa9": lambda rng, tell: tell(World(rng, ("move", "move", "is", "not")), is_actor_there),
+    "qa10": lambda rng, tell: tell(World(rng, ("move", "move", "is", "either"), ("Bill", "Fred", "Julie", "Mary"), TOWN), is_actor_there),
 }
 LABELS = {**dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), set(PLACES)), "qa5": {"Bill", "Fred", "Jeff", "Mary", *OBJECTS},
           "qa6": {"yes", "no"}, "qa7": set(NUMBERS), "qa8": {"nothing", *OBJECTS}, "qa9": {"yes", "no"}, "qa10": {"yes", "no", "maybe"}}
 
 
-def simulate(task, rng):
-    """A story of a task, a list of Lines, drawn from a random.Random. Raises ValueError."""
+def simulate(task, rng, tell=tell_and_ask):
+    """A story of a task, a list of Lines, drawn from a random.Random; tell_then_ask puts its questions at the end. Raises ValueError."""
     if task not in TASKS:
         raise ValueError(f"task={task} is not known: use one of {', '.join(TASKS)}")
-    return TASKS[task](rng)
+    return TASKS[task](rng, tell)
 
 
 # --- Files
@@ -331,7 +341,7 @@ def is_correct(output, sample_answer, question, labels):
     return set(re.findall(pattern, first_sentence)) - set(re.findall(pattern, question.lower())) == set(sample_answer.lower().split(","))
 
 
-# --- Haystack and batches
+# --- Haystack
 
 def split_sentences(text, longest=500):
     """The sentences of a text in which all whitespace became single spaces; what has no end within so many characters is cut."""
@@ -391,44 +401,6 @@ def encode_line(line, tokenizer):
         return encode_text(line.text, tokenizer), 0
     answer = encode_text(line.answer + ".", tokenizer)
     return np.concatenate([encode_text(line.text, tokenizer), answer]), len(answer)
-
-
-def training_row(tasks, limit, tokenizer, rng):
-    """A task, and the encoded lines of one of its stories up to the last question within `limit` tokens. Raises ValueError."""
-    for _ in range(1000):
-        task = rng.choice(tasks)
-        lines = [encode_line(line, tokenizer) for line in simulate(task, rng)]
-        total = np.cumsum([len(ids) for ids, _ in lines])
-        fitting = [i for i, (_, n_answer) in enumerate(lines) if n_answer and total[i] <= limit]
-        if fitting:
-            return task, lines[:fitting[-1] + 1]
-    raise ValueError(f"no story of {', '.join(tasks)} has a question within {limit} tokens: use a greater length")
-
-
-BARE_TOKENS = 256  # of a bare story in training, at most: it is cut behind the last question that fits
-
-
-def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, rank=0):
-    """
-    Stories with questions and answers in place, mixed to `length` tokens (0: bare stories of up to BARE_TOKENS, haystack unused),
-    a pure function of its arguments -> x, y (batch_size, L) int64 and the task of each row. y is the next token where that belongs to
-    an answer, and -1 elsewhere; L is a multiple of 16. Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
-    """
-    rows, names = [], []
-    for row in range(rank * batch_size, (rank + 1) * batch_size):
-        rng = np.random.default_rng([seed, step, row])
-        task, lines = training_row(tasks, length or BARE_TOKENS, tokenizer, random.Random(int(rng.integers(1 << 62))))
-        pieces = [ids for ids, _ in lines]
-        ids, starts = haystack.mix(pieces, length, rng) if length else join(pieces)
-        names.append(task)
-        rows.append((ids, [(start + len(piece) - n, start + len(piece)) for start, (piece, n) in zip(starts, lines) if n]))
-    width = -(-max(len(ids) for ids, _ in rows) // 16) * 16
-    x, y = np.zeros((batch_size, width), dtype=np.int64), np.full((batch_size, width), -1)
-    for i, (ids, answers) in enumerate(rows):
-        x[i, :len(ids)] = ids
-        for start, end in answers:
-            y[i, start - 1:end - 1] = ids[start:end]
-    return torch.from_numpy(x), torch.from_numpy(y), names
 
 
 def evaluation_sample(sample, length, haystack, tokenizer, rng):

@@ -2,7 +2,8 @@
 Stories as train.py sees them: batches of BABILong's tasks at the current length of a curriculum, and their accuracy.
 
 The curriculum moves on to the next length when the current one is learned, or when half of the updates that were left are spent. Part
-of the batches rehearse the shorter lengths.
+of the batches rehearse the shorter lengths. In most of them a story asks at its end about all that it told, so that each answer has to
+be recalled, and the first lengths may let in one fact more each: names are matched sooner so than in stories as bAbI tells them.
 """
 import random
 
@@ -10,11 +11,54 @@ import numpy as np
 import torch
 
 from data import tokenizer as tokenizers
-from data.babilong import TASKS, Haystack, evaluation_sample, parse_length, samples, simulate, training_batch
+from data.babilong import TASKS, Haystack, encode_line, evaluation_sample, join, parse_length, samples, simulate, tell_and_ask, tell_then_ask
 from data.text import read_text, split
 
 REHEARSE = 0.3  # share of the batches from shorter lengths
+RECALL = 0.7    # share of the batches whose stories ask at their end
 LESSONS = 400   # stories of each task that the tokenizer sees
+
+
+def training_row(tasks, limit, tokenizer, rng, tell):
+    """A task, and the encoded lines of one of its stories up to the last question within `limit` tokens. Raises ValueError."""
+    for _ in range(1000):
+        task = rng.choice(tasks)
+        lines = [encode_line(line, tokenizer) for line in simulate(task, rng, tell)]
+        total = np.cumsum([len(ids) for ids, _ in lines])
+        fitting = [i for i, (_, n_answer) in enumerate(lines) if n_answer and total[i] <= limit]
+        if fitting:
+            return task, lines[:fitting[-1] + 1]
+    raise ValueError(f"no story of {', '.join(tasks)} has a question within {limit} tokens: use a greater length")
+
+
+BARE_TOKENS = 256  # of a bare story in training, at most: it is cut behind the last question that fits
+
+
+def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, rank=0, tell=tell_and_ask):
+    """
+    Stories with questions and answers in place, mixed to `length` tokens (0: bare stories of up to BARE_TOKENS, haystack unused),
+    a pure function of its arguments -> x, y (batch_size, L) int64 and the task of each row. y is the next token where that belongs to
+    an answer, and -1 elsewhere; L is a multiple of 16. Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
+    tell: tell_then_ask for stories with all of their questions at the end, where no text comes between them.
+    """
+    rows, names = [], []
+    for row in range(rank * batch_size, (rank + 1) * batch_size):
+        rng = np.random.default_rng([seed, step, row])
+        task, lines = training_row(tasks, length or BARE_TOKENS, tokenizer, random.Random(int(rng.integers(1 << 62))), tell)
+        told = 1 + max(i for i, (_, n) in enumerate(lines) if not n)  # facts, and questions between them
+        end, offsets = join([ids for ids, _ in lines[told:]])
+        pieces = [*(ids for ids, _ in lines[:told]), end]
+        ids, starts = haystack.mix(pieces, length, rng) if length else join(pieces)
+        starts = [*starts[:told], *(starts[told] + offsets)]
+        names.append(task)
+        rows.append((ids, [(start + len(line) - n, start + len(line)) for start, (line, n) in zip(starts, lines) if n]))
+    width = -(-max(len(ids) for ids, _ in rows) // 16) * 16
+    x, y = np.zeros((batch_size, width), dtype=np.int64), np.full((batch_size, width), -1)
+    for i, (ids, answers) in enumerate(rows):
+        x[i, :len(ids)] = ids
+        for start, end in answers:
+            y[i, start - 1:end - 1] = ids[start:end]
+    return torch.from_numpy(x), torch.from_numpy(y), names
 
 
 class Stories:
@@ -27,27 +71,30 @@ class Stories:
         self.columns = ("length", "val_loss", "accuracy", *tasks)  # of an evaluation
         self.place = [0, 0]  # in the curriculum: which length, and the update in which it began
 
-    def draw(self, haystack, length, config, seed, step, part):
-        """As many rows as fit into batch_size * n_segments * block_size tokens -> inputs, targets (rows, length), task of each row."""
+    def draw(self, haystack, length, config, seed, step, part, recall):
+        """
+        As many rows as fit into batch_size * n_segments * block_size tokens, of stories that ask at their end (recall) or along the way
+        -> inputs, targets (rows, length), task of each row
+        """
         usual = length or 128  # most bare stories are about as long
         rows = max(1, config.batch_size * config.n_segments * config.block_size // usual)
-        return training_batch(self.tasks, length, haystack, self.tokenizer, rows, seed, step, part)
+        return training_batch(self.tasks, length, haystack, self.tokenizer, rows, seed, step, part, tell_then_ask if recall else tell_and_ask)
 
     def batch(self, config, step, part):
         """Inputs and targets (rows, length) of one part of an update; targets are -1 but for answers."""
         rng = np.random.default_rng([config.seed, step])
         stage = int(rng.integers(self.place[0] + 1)) if rng.random() < REHEARSE else self.place[0]
-        return self.draw(self.train, self.lengths[stage], config, config.seed, step, part)[:2]
+        return self.draw(self.train, self.lengths[stage], config, config.seed, step, part, rng.random() < RECALL)[:2]
 
     @torch.no_grad()
     def evaluate(self, model, config, device):
         """
-        Loss and accuracy on stories at the current length, in text that training never sees. An answer is right when each of its tokens
-        is the likeliest one (eval_babilong.py lets the model write instead).
+        Loss and accuracy on stories at the current length, in text that training never sees; every second batch asks
+        at the end. An answer is right when each of its tokens is the likeliest one (eval_babilong.py lets the model write instead).
         """
         length, total, right = self.lengths[self.place[0]], 0.0, {task: [] for task in self.tasks}
         for step in range(config.eval_iters):
-            x, y, tasks = self.draw(self.val, length, config, config.seed + 1, step, 0)
+            x, y, tasks = self.draw(self.val, length, config, config.seed + 1, step, 0, step % 2)
             logits, loss, _ = model(x.to(device), y.to(device))
             total += loss.item()
             for task, hits in zip(tasks, answers(logits.argmax(-1).cpu(), y)):

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from data.babilong import (LABELS, TASKS, Haystack, Line, Sample, encode_line, evaluation_sample, find_file, format_story, is_correct,
-                           parse_length, read_babi, read_babilong, samples, simulate, split_sentences, training_batch)
+                           parse_length, read_babi, read_babilong, samples, simulate, split_sentences, tell_and_ask, tell_then_ask)
+from data.curriculum import training_batch
 from data.tokenizer import CharTokenizer, train_bpe
 
 REPO = Path(__file__).parent.parent
@@ -133,6 +134,20 @@ def test_every_answer_follows_from_the_text(task):
         for i, line in enumerate(story):
             if line.answer:
                 assert solve(facts_before(story, i), line.text) == line.answer, format_story(story[:i + 1])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_story_to_recall_asks_at_its_end_whatever_its_facts_answer(task):
+    rng, asked = random.Random(7), set()
+    for _ in range(400):
+        story = simulate(task, rng, tell_then_ask)
+        told = sum(not line.answer for line in story)
+        facts, questions = [line.text for line in story[:told]], [line.text for line in story[told:]]
+        assert questions and all(text.endswith("?") for text in questions) and len(set(questions)) == len(questions)
+        for line in story[told:]:
+            assert solve(facts, line.text) == line.answer, format_story(story)
+        asked.add(len(questions))
+    assert asked == {1} if task == "qa4" else len(asked) > 1
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -503,9 +518,9 @@ def test_batch_is_a_function_of_seed_step_and_rank(length, bpe, haystack):
         assert torch.equal(part[:, :n], both[0][rows, :n]) and torch.equal(targets[:, :n], both[1][rows, :n])
 
 
-@pytest.mark.parametrize("length", [0, 300, 1000])
-def test_loss_is_on_right_answers_alone(length, bpe, haystack):
-    x, y, tasks = training_batch(list(TASKS), length, haystack, bpe, 30, seed=1, step=0)
+@pytest.mark.parametrize("length, tell", [(0, tell_and_ask), (300, tell_and_ask), (1000, tell_and_ask), (0, tell_then_ask), (1000, tell_then_ask)])
+def test_loss_is_on_right_answers_alone(length, tell, bpe, haystack):
+    x, y, tasks = training_batch(list(TASKS), length, haystack, bpe, 30, seed=1, step=0, tell=tell)
     assert len(set(tasks)) > 5 and x.shape[1] <= max(length + 63, 256)
     for row, targets, task in zip(x.tolist(), y.tolist(), tasks):
         marked = [t for t, target in enumerate(targets) if target >= 0]

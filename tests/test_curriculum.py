@@ -56,6 +56,16 @@ def test_curriculum_trains_at_its_length_and_rehearses_the_shorter_ones(stories)
     assert set(widths) == {256, 384, 512} and 0.7 < np.mean(np.array(widths) == 512) < 0.9
 
 
+@pytest.mark.parametrize("length", [0, 512])
+def test_most_stories_ask_at_their_end(stories, length):
+    data, found = stories(length), 0
+    for step in range(100):
+        x, y = data.batch(CONFIG, step, 0)
+        *_, last = np.flatnonzero(np.diff((y[0] != -1).int(), prepend=0) == 1)  # where the last answer begins
+        found += data.tokenizer.decode(x[0, :last + 1].tolist())[-40:].count("?") > 1  # behind another question
+    assert 40 < found < 75, "70% do, and some stories give only one question"
+
+
 def test_curriculum_moves_on_when_a_length_is_learned_or_its_budget_is_spent(stories):
     data = stories(0, 256, 512)
     assert not data.advance(0, {"accuracy": 1.0}, CONFIG), "nothing was trained yet"
@@ -107,6 +117,20 @@ def test_run_that_ends_does_not_move_on(checkout, call):
     code, out, err = call("train.py", *BABILONG, *SMALL, "--advance_at=0", "--max_iters=1", "--out_dir=out/short", "--overwrite")
     assert code == 0, err
     assert torch.load(checkout.folder / "out/short/ckpt.pt", weights_only=True)["place"] == [0, 0]
+
+
+def test_banks_learn_nothing_from_stories_of_one_segment(checkout):
+    """Only the bank's beginning can be read there; --block_size=256 makes one segment of what two are made of otherwise."""
+    for block_size, learns in ((256, False), (128, True)):
+        checkout.train("out/banks", *BABILONG[:-1], "--lengths=256", f"--block_size={block_size}", "--max_iters=2", "--overwrite")
+        model, _, _ = checkpoint.load(checkout.folder / "out/banks")
+        torch.manual_seed(1337)
+        start = dict(LM2(model.config).named_parameters())
+        same = {name: torch.equal(p, start[name]) for name, p in model.named_parameters()}
+        assert not same["head.weight"] and not same["blocks.0.attention.wqkv.weight"]
+        assert same["blocks.0.memory.w_v.weight"] is not learns
+        if not learns:
+            assert all(same[name] for name in same if ".memory." in name)
 
 
 def test_of_stories_the_last_step_is_the_best_whatever_its_loss(checkout, call):

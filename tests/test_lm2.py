@@ -128,6 +128,30 @@ def test_window_attention_is_masked_full_attention():
         torch.testing.assert_close(window_attention(q, k, v, T), expected)
 
 
+@pytest.mark.parametrize("memory,share", [("lm2", 0.0), ("lm2", 0.5), ("none", 0.5)])
+@torch.no_grad()
+def test_window_dropout_cuts_the_window_at_the_border_in_a_share_of_training_batches(memory, share):
+    model = make_model(memory=memory, window_dropout=share)
+    for block in model.blocks:
+        if block.memory:
+            block.memory.w_v.weight.zero_()  # nothing is read, so only attention crosses the border
+    idx = torch.randint(13, (1, 3 * T), generator=torch.Generator().manual_seed(3))
+    changed = idx.clone()
+    changed[0, T - 1] = (changed[0, T - 1] + 1) % 13
+
+    def crosses(seed):
+        logits = []
+        for ids in (idx, changed):
+            torch.manual_seed(seed)
+            logits.append(model(ids)[0][:, T:])
+        return not torch.equal(*logits)
+
+    assert all(crosses(seed) for seed in range(5)), "never outside of training"
+    model.train()
+    crossed = sum(crosses(seed) for seed in range(60))
+    assert 18 <= crossed <= 42 if memory == "lm2" and share else crossed == 60
+
+
 def test_attention_on_a_cpu_stays_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert attend(*torch.randn(3, 1, T, 2, 4)).dtype == torch.float32
