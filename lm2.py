@@ -96,8 +96,7 @@ def rope_angles(pos, length, head_dim, theta, device):
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
     angles = torch.arange(pos, pos + length, dtype=torch.float64, device=where)[:, None, None] * freq
-    cos, sin = angles.cos().float(), angles.sin().float()
-    return torch.cat((cos, cos), dim=-1).to(device), torch.cat((-sin, sin), dim=-1).to(device)
+    return [torch.cat(pair, dim=-1).float().to(device) for pair in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))]
 
 
 def rotate(x, cos, sin):
@@ -339,14 +338,15 @@ class LM2(nn.Module):
         return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay, momentum=momentum),
                 torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
 
-    def initial_state(self, batch, device):
-        """The State before the first token."""
+    def initial_state(self, batch, device, silent=False):
+        """The State before the first token. silent: nothing is read before a segment was written, so no update goes into reading the identity."""
         kv = torch.empty(batch, 0, self.config.n_kv_head, self.config.n_embd // self.config.n_head, device=device)
-        return State(0, [LayerState(kv, kv, b.memory.initial(batch, device) if b.memory else None, None, []) for b in self.blocks])
+        nothing = [torch.zeros(batch, self.config.mem_slots, self.config.mem_heads, self.config.n_embd // self.config.mem_heads, device=device)] * 2
+        return State(0, [LayerState(kv, kv, b.memory and b.memory.initial(batch, device), nothing if silent else None, []) for b in self.blocks])
 
     def features(self, idx, state=None):
         """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""
-        state = state or self.initial_state(idx.size(0), idx.device)
+        state = state or self.initial_state(idx.size(0), idx.device, silent=self.training and idx.size(1) <= self.config.block_size)
         x = self.dropout(self.embedding(idx))
         rope = rope_angles(state.pos, idx.size(1), self.config.n_embd // self.config.n_head, self.config.rope_theta, idx.device)
         cut = torch.rand((), device=idx.device) < self.config.window_dropout if self.training and self.blocks[0].memory else None

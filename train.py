@@ -218,7 +218,6 @@ def main():
     torch.manual_seed(config.seed)
     raw_model = checkpoint.build(model_config(config)).to(device)
     optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type, config.momentum)
-    banks = [p for name, p in raw_model.named_parameters() if ".memory." in name]
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, best = 0, math.inf
     if config.resume:
@@ -287,7 +286,7 @@ def main():
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * factor
         torch.manual_seed(config.seed + 1_000_003 * (step * world + rank))  # dropout, too, is a function of the step
-        status = torch.zeros(3, device=device)  # loss, how many processes were asked to stop, and how many had more than a segment
+        status = torch.zeros(2, device=device)  # loss, and how many processes were asked to stop
         for micro in range(config.gradient_accumulation_steps):
             x, y = corpus.batch(config, step, micro * world + rank)
             if device.type == "cuda":  # pinned memory is copied while Python goes on
@@ -298,13 +297,10 @@ def main():
                     loss = model(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
                 loss.backward()
             status[0] += loss.detach() / world
-        status[1], status[2] = len(stop), x.size(1) > config.block_size
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        status[1] = len(stop)
         if world > 1:
             dist.all_reduce(status)
-        if not status[2]:  # nothing was written before what was read, so there is nothing for the banks to learn
-            for p in banks:
-                p.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         loss = status[0].item()
         check_finite(loss, norm.item())
         for optimizer in optimizers:

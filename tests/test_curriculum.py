@@ -119,20 +119,6 @@ def test_run_that_ends_does_not_move_on(checkout, call):
     assert torch.load(checkout.folder / "out/short/ckpt.pt", weights_only=True)["place"] == [0, 0]
 
 
-def test_banks_learn_nothing_from_stories_of_one_segment(checkout):
-    """Only the bank's beginning can be read there; --block_size=256 makes one segment of what two are made of otherwise."""
-    for block_size, learns in ((256, False), (128, True)):
-        checkout.train("out/banks", *BABILONG[:-1], "--lengths=256", f"--block_size={block_size}", "--max_iters=2", "--overwrite")
-        model, _, _ = checkpoint.load(checkout.folder / "out/banks")
-        torch.manual_seed(1337)
-        start = dict(LM2(model.config).named_parameters())
-        same = {name: torch.equal(p, start[name]) for name, p in model.named_parameters()}
-        assert not same["head.weight"] and not same["blocks.0.attention.wqkv.weight"]
-        assert same["blocks.0.memory.w_v.weight"] is not learns
-        if not learns:
-            assert all(same[name] for name in same if ".memory." in name)
-
-
 def test_of_stories_the_last_step_is_the_best_whatever_its_loss(checkout, call):
     code, _, err = call("train.py", *BABILONG, *SMALL, "--max_iters=2", "--eval_interval=1", "--adam_lr=30", "--out_dir=out/last", "--overwrite")
     losses = [float(row["val_loss"]) for row in csv.DictReader(checkout.log("out/last").splitlines())]

@@ -152,6 +152,23 @@ def test_window_dropout_cuts_the_window_at_the_border_in_a_share_of_training_bat
     assert 18 <= crossed <= 42 if memory == "lm2" and share else crossed == 60
 
 
+def test_in_training_one_segment_alone_reads_nothing_and_teaches_the_banks_nothing():
+    model, idx = make_model(), torch.randint(13, (2, 2 * T), generator=torch.Generator().manual_seed(3))
+    reads = model(idx[:, :T])[0]
+    silent, _, state = model.train()(idx[:, :T - 1])
+    assert not torch.allclose(silent, reads[:, :T - 1])
+    banks = [p for name, p in model.named_parameters() if ".memory." in name]
+    silent.square().mean().backward(retain_graph=True)
+    assert all(p.grad is None or not p.grad.any() for p in banks) and model.blocks[0].attention.wqkv.weight.grad.any()
+    last, _, state = model(idx[:, T - 1:T], state=state)
+    assert all(layer.kv is None for layer in state.layers), "the segment is whole and was written"
+    model(idx[:, T:], state=state)[0].square().mean().backward()
+    assert all(p.grad.any() for p in banks)
+    for block in model.blocks:
+        block.memory.output_gate = torch.zeros_like
+    torch.testing.assert_close(torch.cat((silent, last), dim=1), model(idx[:, :T])[0])
+
+
 def test_attention_on_a_cpu_stays_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert attend(*torch.randn(3, 1, T, 2, 4)).dtype == torch.float32
