@@ -67,7 +67,7 @@ def rivals(size):
 
 def memory_of(make_job, config, dtype, device, shape):
     """Peak memory of a job on random tokens, for a process of its own."""
-    model = checkpoint.build(config).to(device)
+    model = checkpoint.build(config).to(device).eval()
     return peak_memory(make_job(model, checkpoint.autocast(dtype, device), torch.randint(VOCAB, shape, device=device)), device)
 
 
@@ -80,10 +80,10 @@ class Bench(Table):
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
     def models(self, size):
-        return {name: checkpoint.build(config).to(self.device) for name, config in rivals(size).items()}
+        return {name: checkpoint.build(config).to(self.device).eval() for name, config in rivals(size).items()}
 
     def lm2(self, size):
-        return checkpoint.build(rivals(size)["LM2 attend"]).to(self.device)
+        return checkpoint.build(rivals(size)["LM2 attend"]).to(self.device).eval()
 
     def random(self, *shape):
         return torch.randint(VOCAB, shape, device=self.device)

@@ -117,17 +117,16 @@ def attend(q, k, v, mask=None, causal=False):
     return y.transpose(1, 2).flatten(2)
 
 
-def causal_mask(n_q, n_k, window, device, cut=None):
-    """(n_q, n_k): does query i (the last at the last key) see key j? `window` keys at most; where cut () is True, none before query 0."""
+def causal_mask(n_q, n_k, window, device, cut=False):
+    """(n_q, n_k): does query i (the last at the last key) see key j? `window` keys at most, and with cut none before query 0."""
     i, j = torch.arange(n_k - n_q, n_k, device=device)[:, None], torch.arange(n_k, device=device)
-    seen = (j <= i) & (j > i - window)
-    return seen if cut is None else seen & (~cut | (j >= n_k - n_q))
+    return (j <= i) & (j > i - window) & (j >= (n_k - n_q) * cut)
 
 
-def window_attention(q, k, v, window, cut=None):
+def window_attention(q, k, v, window, cut=False):
     """
-    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries, which end it where cut (see
-    causal_mask). q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
+    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries; cut, a bool or tensor (): within
+    the block only. q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
     """
     past, first = k.size(1) - q.size(1), min(window, q.size(1))
     mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
@@ -160,7 +159,7 @@ class Attention(nn.Module):
         qk = norm_heads(qk, c)
         return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v, qk[:, :, c.n_head:]
 
-    def forward(self, q, k, v, k_past, v_past, cut=None):
+    def forward(self, q, k, v, k_past, v_past, cut=False):
         """What `project` gives, keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
         c = self.config
         if past := k_past.size(1):
@@ -289,7 +288,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, state, cut=None):
+    def forward(self, x, rope, state, cut=False):
         """x (B, L, D), state LayerState, cut as in `window_attention` -> x (B, L, D), the state after these tokens."""
         h = self.norm1(x)
         q, k, v, unturned = self.attention.project(h, rope)
@@ -349,7 +348,8 @@ class LM2(nn.Module):
         state = state or self.initial_state(idx.size(0), idx.device, silent=self.training and idx.size(1) <= self.config.block_size)
         x = self.dropout(self.embedding(idx))
         rope = rope_angles(state.pos, idx.size(1), self.config.n_embd // self.config.n_head, self.config.rope_theta, idx.device)
-        cut = torch.rand((), device=idx.device) < self.config.window_dropout if self.training and self.blocks[0].memory else None
+        share = self.config.window_dropout if self.training and self.blocks[0].memory else 0.0
+        cut = bool(share) and torch.rand((), device=idx.device) < share
         layers = []
         for block, layer in zip(self.blocks, state.layers):
             x, layer = block(x, rope, layer, cut)

@@ -69,7 +69,7 @@ def peak_memory(job, device):
 
 def update(model, context, idx):
     """A function that makes a whole update: forward, backward and optimizers."""
-    optimizers = model.configure_optimizers(0.02, 2e-3, 0.0, idx.device.type)
+    optimizers = model.train().configure_optimizers(0.02, 2e-3, 0.0, idx.device.type)
 
     def job():
         with context:

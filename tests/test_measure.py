@@ -18,7 +18,7 @@ def model(**kwargs):
     model = LM2(LM2Config(VOCAB, **SIZE | kwargs))
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    return model
+    return model.eval()
 
 
 def idx(*shape):
