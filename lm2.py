@@ -21,6 +21,8 @@ from torch.nn import functional as F
 
 from muon import Muon
 
+linear = partial(nn.Linear, bias=False)
+
 
 @dataclass
 class LM2Config:
@@ -81,9 +83,6 @@ class LayerState(NamedTuple):
 class State(NamedTuple):
     pos: int                  # tokens seen so far
     layers: list[LayerState]  # one per block
-
-
-linear = partial(nn.Linear, bias=False)
 
 
 def wide(x):
@@ -339,9 +338,10 @@ class LM2(nn.Module):
 
     def initial_state(self, batch, device, silent=False):
         """The State before the first token. silent: nothing is read before a segment was written, so no update goes into reading the identity."""
-        kv = torch.empty(batch, 0, self.config.n_kv_head, self.config.n_embd // self.config.n_head, device=device)
-        nothing = [torch.zeros(batch, self.config.mem_slots, self.config.mem_heads, self.config.n_embd // self.config.mem_heads, device=device)] * 2
-        return State(0, [LayerState(kv, kv, b.memory and b.memory.initial(batch, device), nothing if silent else None, []) for b in self.blocks])
+        c, banks = self.config, [block.memory for block in self.blocks]
+        kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
+        zeros = [torch.zeros(batch, c.mem_slots, c.mem_heads, c.n_embd // c.mem_heads, device=device)] * 2
+        return State(0, [LayerState(kv, kv, bank and bank.initial(batch, device), zeros if silent and bank else None, []) for bank in banks])
 
     def features(self, idx, state=None):
         """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""

@@ -64,6 +64,9 @@ class World:
     def held_by(self, actor):
         return [thing for thing in OBJECTS if self.where[thing] == actor]
 
+    def ask(self, text, answer, support):
+        self.lines.append(Line(text, answer, tuple(fact.line for fact in support)))
+
     def event(self):
         """One more event. What cannot be (to take what is not there, to go where one is) is drawn again, which settles how often each
         kind happens. A gift alone is looked for: the first in order of objects and actors that can be made, if any."""
@@ -120,20 +123,20 @@ def tell_and_ask(world, question):
             recent = world.facts[-5:]
             world.rng.shuffle(recent)
             found = next(filter(None, (question(world, fact) for fact in recent)), None)
-        text, answer, support = found
-        world.lines.append(Line(text, answer, tuple(fact.line for fact in support)))
+        world.ask(*found)
     return world.lines
 
 
 def tell_then_ask(world, question):
-    """A story for training: two to ten events, and behind them, in any order, all that can be asked about them."""
+    """A story for training: two to ten events (where they give nothing to ask, as many again), and behind them, in any order, all that
+    can be asked about them."""
     found = {}
     while not found:
         for _ in range(world.rng.randint(2, 10)):
             world.event()
         found = {asked[0]: asked for fact in world.facts if (asked := question(world, fact))}
-    for text, answer, support in world.rng.sample(list(found.values()), len(found)):
-        world.lines.append(Line(text, answer, tuple(fact.line for fact in support)))
+    for asked in world.rng.sample(list(found.values()), len(found)):
+        world.ask(*asked)
     return world.lines
 
 

@@ -2,8 +2,8 @@
 Stories as train.py sees them: batches of BABILong's tasks at the current length of a curriculum, and their accuracy.
 
 The curriculum moves on to the next length when the current one is learned, or when half of the updates that were left are spent. Part
-of the batches rehearse the shorter lengths. In most of them a story asks at its end about all that it told, so that each answer has to
-be recalled, and the first lengths may let in one fact more each: names are matched sooner so than in stories as bAbI tells them.
+of the batches rehearse the shorter lengths. In most batches the stories ask at their end about all that they told, which gives a memory
+many answers to learn from, and lengths that let in one fact more each, one after the other, teach to match names.
 """
 import random
 
@@ -89,8 +89,8 @@ class Stories:
     @torch.no_grad()
     def evaluate(self, model, config, device):
         """
-        Loss and accuracy on stories at the current length, in text that training never sees; every second batch asks
-        at the end. An answer is right when each of its tokens is the likeliest one (eval_babilong.py lets the model write instead).
+        Loss and accuracy on stories at the current length, in text that training never sees; every second batch asks at the end. An
+        answer is right when each of its tokens is the likeliest one (eval_babilong.py lets the model write instead).
         """
         length, total, right = self.lengths[self.place[0]], 0.0, {task: [] for task in self.tasks}
         for step in range(config.eval_iters):

@@ -165,8 +165,10 @@ def test_in_training_one_segment_alone_reads_nothing_and_teaches_the_banks_nothi
     model(idx[:, T:], state=state)[0].square().mean().backward()
     assert all(p.grad.any() for p in banks)
     for block in model.blocks:
-        block.memory.output_gate = torch.zeros_like
+        block.memory.output_gate = torch.zeros_like  # silence it by hand
     torch.testing.assert_close(torch.cat((silent, last), dim=1), model(idx[:, :T])[0])
+    _, _, state = make_model(mem_layers=1).train()(idx[:, :T - 1])
+    assert [layer.kv is None for layer in state.layers] == [False, True, True], "blocks without memory remember nothing of one"
 
 
 def test_attention_on_a_cpu_stays_float32_under_autocast():
