@@ -68,6 +68,7 @@ class TrainConfig(LM2Config):
     compile: bool = False          # torch.compile the model; on by itself with cuda
     match_params: str = ""         # folder of a run: widen the MLP until the model has as many parameters, within 2%
     # a run that exists
+    init_from: str = ""            # folder of a run of the same model and tokenizer, whose weights this run begins with
     resume: bool = False           # go on where the run in out_dir stopped, with its configuration
     overwrite: bool = False        # replace the run in out_dir
 
@@ -167,6 +168,17 @@ def matched_mlp_ratio(config):
     return ratio
 
 
+def initial_weights(config, tokenizer):
+    """The weights of the run in init_from, a state dict. Raises ValueError where its model or tokenizer is another."""
+    model, its_tokenizer, _ = checkpoint.load(config.init_from, "cpu")
+    for name, value in asdict(model.config).items():
+        if value != getattr(config, name):
+            raise ValueError(f"init_from={config.init_from} has {name}={value}, not {getattr(config, name)}: give --{name}={value}")
+    if its_tokenizer.to_json() != tokenizer.to_json():
+        raise ValueError(f"init_from={config.init_from} has another tokenizer: train both on the same text with the same --tokenizer")
+    return model.state_dict()
+
+
 def prepare(config):
     """The data of a run, Corpus or Stories. Raises ValueError or OSError, one line that says what to do."""
     if config.dataset == "babilong":
@@ -220,8 +232,8 @@ def main():
     optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type, config.momentum)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, best = 0, math.inf
-    if config.resume:
-        with user_errors():
+    with user_errors():
+        if config.resume:
             ckpt = checkpoint.read(out_dir / "ckpt.pt")
             if ckpt["sha256"] != corpus.meta["sha256"]:
                 raise ValueError(f"the text of {config.dataset} is not the one this run was trained on: train a new run")
@@ -231,6 +243,8 @@ def main():
             raw_model.load_state_dict(ckpt["model"])
             for optimizer, state in zip(optimizers, ckpt["optimizers"]):
                 optimizer.load_state_dict(state)
+        elif config.init_from:
+            raw_model.load_state_dict(initial_weights(config, corpus.tokenizer))
     model = torch.compile(raw_model) if config.compile else raw_model
     if world > 1:  # with one segment, or a short story, nothing reads what was written, so the write has no gradient
         unused = config.memory == "lm2" and (config.n_segments == 1 or config.dataset == "babilong")

@@ -37,6 +37,7 @@ OPPOSITE = {"north": "south", "south": "north", "east": "west", "west": "east"}
 VERBS = {"move": ("went to", "went back to", "moved to", "journeyed to", "travelled to"),
          "get": ("took", "got", "grabbed", "picked up"), "drop": ("dropped", "left", "discarded", "put down"),
          "give": ("gave", "handed", "passed"), "is": ("is in",), "not": ("is not in", "is no longer in"), "either": ("is either in",)}
+HANDLING = ("get", "drop", "give")  # what is done with objects; the other verbs tell where an actor is
 
 
 class Fact(NamedTuple):
@@ -53,7 +54,7 @@ class World:
 
     def __init__(self, rng, kinds, actors=ACTORS, places=PLACES, get_there=1.0):
         """kinds: of events, one drawn as often as another; get_there: how often an object is taken "there"."""
-        self.rng, self.kinds, self.actors, self.places, self.there = rng, kinds, actors, places, {"get": get_there, "drop": 0.2, "give": 0}
+        self.rng, self.kinds, self.actors, self.places, self.there = rng, kinds, actors, places, dict(zip(HANDLING, (get_there, 0.2, 0)))
         self.place = {actor: rng.choice(places) for actor in actors}
         self.where = {thing: rng.choice(places) for thing in OBJECTS}  # a place, or the actor who holds it
         self.lines, self.facts = [], []
@@ -73,7 +74,7 @@ class World:
         happened = False
         while not happened:
             kind, actor = self.rng.choice(self.kinds), self.rng.choice(self.actors)
-            happened = (self.handle if kind in self.there else self.go)(kind, actor)
+            happened = (self.handle if kind in HANDLING else self.go)(kind, actor)
 
     def tell(self, kind, actor, thing, to, text):
         self.facts.append(Fact(len(self.lines), kind, actor, thing, to, self.told.get(actor)))
@@ -127,26 +128,28 @@ def tell_and_ask(world, question):
     return world.lines
 
 
-def tell_then_ask(world, question):
+def tell_then_ask(world, questions):
     """A story for training: two to ten events (where they give nothing to ask, as many again), and behind them, in any order, all that
     can be asked about them."""
     found = {}
     while not found:
         for _ in range(world.rng.randint(2, 10)):
             world.event()
-        found = {asked[0]: asked for fact in world.facts if (asked := question(world, fact))}
+        found = {asked[0]: asked for question in questions for fact in world.facts if (asked := question(world, fact))}
     for asked in world.rng.sample(list(found.values()), len(found)):
         world.ask(*asked)
     return world.lines
 
 
 def where_is_actor(world, fact):
-    return f"Where is {fact.actor}?", world.place[fact.actor], [world.told[fact.actor]]
+    """Of an actor whose place was told, and not what it is not or might be (tasks 9 and 10)."""
+    told = world.told.get(fact.actor)
+    return told and told.kind in ("move", "is") and (f"Where is {fact.actor}?", told.thing, [told])
 
 
 def where_is_object(world, fact):
     """Of an object that was dropped, or carried somewhere."""
-    if fact.kind == "move":
+    if fact.kind not in HANDLING:
         return None
     last = world.handled[fact.thing]
     move = last.told if last.kind == "drop" else next(reversed(world.walks[fact.thing]), None)
@@ -155,7 +158,7 @@ def where_is_object(world, fact):
 
 def where_was_object(world, fact):
     """Of an object that was carried to two places or more. It must not have come back to the second."""
-    if fact.kind == "move":
+    if fact.kind not in HANDLING:
         return None
     walk = world.walks[fact.thing]
     pairs = [(walk[i - 1], walk[i]) for i in range(1, len(walk)) if walk[i].thing not in [move.thing for move in walk[i + 1:]]]
@@ -178,7 +181,7 @@ def who_gave_what(world, fact):
 
 def is_actor_there(world, fact):
     """Half of the questions name the place where the actor is; after "not", they name the place where the actor is not."""
-    if fact.kind in world.there:
+    if fact.kind in HANDLING:
         return None
     told, place = world.told[fact.actor], world.place[fact.actor]
     if told.kind == "not":
@@ -191,12 +194,12 @@ def is_actor_there(world, fact):
 
 def dealings(world, actor):
     """The facts in which an actor took, dropped, gave or received something."""
-    return [fact for fact in world.facts if fact.kind != "move" and actor in (fact.actor, fact.to)]
+    return [fact for fact in world.facts if fact.kind in HANDLING and actor in (fact.actor, fact.to)]
 
 
 def how_many(world, fact):
     number = NUMBERS[len(world.held_by(fact.actor))]
-    return fact.kind != "move" and (f"How many objects is {fact.actor} carrying?", number, dealings(world, fact.actor))
+    return fact.kind in HANDLING and (f"How many objects is {fact.actor} carrying?", number, dealings(world, fact.actor))
 
 
 def what_is_carried(world, fact):
@@ -204,44 +207,51 @@ def what_is_carried(world, fact):
     facts = dealings(world, fact.actor)
     things = list(dict.fromkeys(other.thing for other in facts))
     carried = ",".join(thing for thing in things if world.where[thing] == fact.actor)
-    return fact.kind != "move" and (f"What is {fact.actor} carrying?", carried or "nothing",
+    return fact.kind in HANDLING and (f"What is {fact.actor} carrying?", carried or "nothing",
                                     sorted(facts, key=lambda other: things.index(other.thing)))
 
 
-def two_relations(rng):
-    """Task 4: three rooms in a row, told by two neighbourhoods, and a question about one of them."""
+def two_relations(rng, ask_all):
+    """Task 4: three rooms in a row, told by two neighbourhoods, and a question about one of them, or all four that can be asked."""
     a, middle, b = rng.sample(PLACES, 3)
     direction = rng.choice(list(OPPOSITE))  # from the middle to a
     facts = [(a, direction, middle), (b, OPPOSITE[direction], middle)]
     rng.shuffle(facts)
     facts = [(z, OPPOSITE[d], x) if rng.random() < 0.35 else (x, d, z) for x, d, z in facts]
-    x, d, z = facts[i := rng.randrange(2)]
-    question = rng.choice([f"What is {d} of the {z}?", f"What is the {z} {OPPOSITE[d]} of?"])
-    return [*(Line(f"The {x} is {d} of the {z}.") for x, d, z in facts), Line(question, x, (i,))]
+    ask = lambda i, x, d, z: [Line(f"What is {d} of the {z}?", x, (i,)), Line(f"What is the {z} {OPPOSITE[d]} of?", x, (i,))]
+    asked = [ask(i, *fact) for i, fact in enumerate(facts)]
+    questions = rng.sample(asked[0] + asked[1], 4) if ask_all else [rng.choice(asked[rng.randrange(2)])]
+    return [*(Line(f"The {x} is {d} of the {z}.") for x, d, z in facts), *questions]
 
 
 HANDLE, TOWN = ("move", "get", "drop"), ("bedroom", "cinema", "kitchen", "office", "park", "school")
-TASKS = {
-    "qa1": lambda rng, tell: tell(World(rng, ["move"]), where_is_actor),
-    "qa2": lambda rng, tell: tell(World(rng, HANDLE), where_is_object),
-    "qa3": lambda rng, tell: tell(World(rng, HANDLE, get_there=0.2), where_was_object),
-    "qa4": lambda rng, tell: two_relations(rng),
-    "qa5": lambda rng, tell: tell(World(rng, (*HANDLE, "give"), ("Mary", "Fred", "Bill", "Jeff")), who_gave_what),
-    "qa6": lambda rng, tell: tell(World(rng, HANDLE), is_actor_there),
-    "qa7": lambda rng, tell: tell(World(rng, (*HANDLE, "give")), how_many),
-    "qa8": lambda rng, tell: tell(World(rng, HANDLE), what_is_carried),
-    "qa9": lambda rng, tell: tell(World(rng, ("move", "move", "is", "not")), is_actor_there),
-    "qa10": lambda rng, tell: tell(World(rng, ("move", "move", "is", "either"), ("Bill", "Fred", "Julie", "Mary"), TOWN), is_actor_there),
+STORIES = {  # of each task but 4: the world, and what is asked about it
+    "qa1": (lambda rng: World(rng, ["move"]), where_is_actor),
+    "qa2": (lambda rng: World(rng, HANDLE), where_is_object),
+    "qa3": (lambda rng: World(rng, HANDLE, get_there=0.2), where_was_object),
+    "qa5": (lambda rng: World(rng, (*HANDLE, "give"), ("Mary", "Fred", "Bill", "Jeff")), who_gave_what),
+    "qa6": (lambda rng: World(rng, HANDLE), is_actor_there),
+    "qa7": (lambda rng: World(rng, (*HANDLE, "give")), how_many),
+    "qa8": (lambda rng: World(rng, HANDLE), what_is_carried),
+    "qa9": (lambda rng: World(rng, ("move", "move", "is", "not")), is_actor_there),
+    "qa10": (lambda rng: World(rng, ("move", "move", "is", "either"), ("Bill", "Fred", "Julie", "Mary"), TOWN), is_actor_there),
 }
+TASKS = [f"qa{i}" for i in range(1, 11)]
 LABELS = {**dict.fromkeys(("qa1", "qa2", "qa3", "qa4"), set(PLACES)), "qa5": {"Bill", "Fred", "Jeff", "Mary", *OBJECTS},
           "qa6": {"yes", "no"}, "qa7": set(NUMBERS), "qa8": {"nothing", *OBJECTS}, "qa9": {"yes", "no"}, "qa10": {"yes", "no", "maybe"}}
 
 
-def simulate(task, rng, tell=tell_and_ask):
-    """A story of a task, a list of Lines, drawn from a random.Random; tell_then_ask puts its questions at the end. Raises ValueError."""
+def simulate(task, rng, ask=()):
+    """
+    A story of a task, a list of Lines, drawn from a random.Random. ask: tasks; instead of its own questions along the way the story has
+    all of theirs that can be asked about it, at its end. Raises ValueError.
+    """
     if task not in TASKS:
         raise ValueError(f"task={task} is not known: use one of {', '.join(TASKS)}")
-    return TASKS[task](rng, tell)
+    if task == "qa4":
+        return two_relations(rng, bool(ask))
+    world, question = STORIES[task]
+    return tell_then_ask(world(rng), [STORIES[other][1] for other in ask if other in STORIES]) if ask else tell_and_ask(world(rng), question)
 
 
 # --- Files

@@ -2,8 +2,8 @@
 Stories as train.py sees them: batches of BABILong's tasks at the current length of a curriculum, and their accuracy.
 
 The curriculum moves on to the next length when the current one is learned, or when half of the updates that were left are spent. Part
-of the batches rehearse the shorter lengths. In most batches the stories ask at their end about all that they told, which gives a memory
-many answers to learn from, and lengths that let in one fact more each, one after the other, teach to match names.
+of the batches rehearse the shorter lengths. In most batches the stories ask at their end about all that they told, each whatever any of the
+tasks would ask: that gives a memory many answers to learn from, and lengths that let in one fact more each, one after the other, teach to match names.
 """
 import random
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data import tokenizer as tokenizers
-from data.babilong import TASKS, Haystack, encode_line, evaluation_sample, join, parse_length, samples, simulate, tell_and_ask, tell_then_ask
+from data.babilong import TASKS, Haystack, encode_line, evaluation_sample, join, parse_length, samples, simulate
 from data.text import read_text, split
 
 REHEARSE = 0.3  # share of the batches from shorter lengths
@@ -19,11 +19,12 @@ RECALL = 0.7    # share of the batches whose stories ask at their end
 LESSONS = 400   # stories of each task that the tokenizer sees
 
 
-def training_row(tasks, limit, tokenizer, rng, tell):
+def training_row(tasks, limit, tokenizer, rng, asking):
     """A task, and the encoded lines of one of its stories up to the last question within `limit` tokens. Raises ValueError."""
     for _ in range(1000):
         task = rng.choice(tasks)
-        lines = [encode_line(line, tokenizer) for line in simulate(task, rng, tell)]
+        ask = {"along": (), "own": [task], "all": tasks}[asking]
+        lines = [encode_line(line, tokenizer) for line in simulate(task, rng, ask)]
         total = np.cumsum([len(ids) for ids, _ in lines])
         fitting = [i for i, (_, n_answer) in enumerate(lines) if n_answer and total[i] <= limit]
         if fitting:
@@ -34,17 +35,18 @@ def training_row(tasks, limit, tokenizer, rng, tell):
 BARE_TOKENS = 256  # of a bare story in training, at most: it is cut behind the last question that fits
 
 
-def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, rank=0, tell=tell_and_ask):
+def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, rank=0, asking="along"):
     """
     Stories with questions and answers in place, mixed to `length` tokens (0: bare stories of up to BARE_TOKENS, haystack unused),
     a pure function of its arguments -> x, y (batch_size, L) int64 and the task of each row. y is the next token where that belongs to
     an answer, and -1 elsewhere; L is a multiple of 16. Ranks 0 to R-1 together draw what rank 0 alone would with R times the batch size.
-    tell: tell_then_ask for stories with all of their questions at the end, where no text comes between them.
+    asking: the stories ask "along" the way, as bAbI does, or at their end, with no text between the questions: all that their "own"
+    task, or "all" tasks together, can ask about them.
     """
     rows, names = [], []
     for row in range(rank * batch_size, (rank + 1) * batch_size):
         rng = np.random.default_rng([seed, step, row])
-        task, lines = training_row(tasks, length or BARE_TOKENS, tokenizer, random.Random(int(rng.integers(1 << 62))), tell)
+        task, lines = training_row(tasks, length or BARE_TOKENS, tokenizer, random.Random(int(rng.integers(1 << 62))), asking)
         told = 1 + max(i for i, (_, n) in enumerate(lines) if not n)  # facts, and questions between them
         end, offsets = join([ids for ids, _ in lines[told:]])
         pieces = [*(ids for ids, _ in lines[:told]), end]
@@ -71,36 +73,37 @@ class Stories:
         self.columns = ("length", "val_loss", "accuracy", *tasks)  # of an evaluation
         self.place = [0, 0]  # in the curriculum: which length, and the update in which it began
 
-    def draw(self, haystack, length, config, seed, step, part, recall):
+    def draw(self, haystack, length, config, seed, step, part, asking):
         """
-        As many rows as fit into batch_size * n_segments * block_size tokens, of stories that ask at their end (recall) or along the way
+        As many rows as fit into batch_size * n_segments * block_size tokens, asking as in `training_batch`
         -> inputs, targets (rows, length), task of each row
         """
         usual = length or 128  # most bare stories are about as long
         rows = max(1, config.batch_size * config.n_segments * config.block_size // usual)
-        return training_batch(self.tasks, length, haystack, self.tokenizer, rows, seed, step, part, tell_then_ask if recall else tell_and_ask)
+        return training_batch(self.tasks, length, haystack, self.tokenizer, rows, seed, step, part, asking)
 
     def batch(self, config, step, part):
         """Inputs and targets (rows, length) of one part of an update; targets are -1 but for answers."""
         rng = np.random.default_rng([config.seed, step])
         stage = int(rng.integers(self.place[0] + 1)) if rng.random() < REHEARSE else self.place[0]
-        return self.draw(self.train, self.lengths[stage], config, config.seed, step, part, rng.random() < RECALL)[:2]
+        return self.draw(self.train, self.lengths[stage], config, config.seed, step, part, "all" if rng.random() < RECALL else "along")[:2]
 
     @torch.no_grad()
     def evaluate(self, model, config, device):
         """
         Loss and accuracy on stories at the current length, in text that training never sees; every second batch asks at the end. An
-        answer is right when each of its tokens is the likeliest one (eval_babilong.py lets the model write instead).
+        answer is right when each of its tokens is the likeliest one (eval_babilong.py lets the model write instead). Each answer counts
+        the same: a task of which a length has few answers decides little.
         """
         length, total, right = self.lengths[self.place[0]], 0.0, {task: [] for task in self.tasks}
         for step in range(config.eval_iters):
-            x, y, tasks = self.draw(self.val, length, config, config.seed + 1, step, 0, step % 2)
+            x, y, tasks = self.draw(self.val, length, config, config.seed + 1, step, 0, ("along", "own")[step % 2])
             logits, loss, _ = model(x.to(device), y.to(device))
             total += loss.item()
             for task, hits in zip(tasks, answers(logits.argmax(-1).cpu(), y)):
                 right[task] += hits
         accuracy = {task: float(np.mean(hits)) for task, hits in right.items() if hits}
-        return {"length": length, "val_loss": total / config.eval_iters, "accuracy": float(np.mean(list(accuracy.values()))), **accuracy}
+        return {"length": length, "val_loss": total / config.eval_iters, "accuracy": float(np.mean(sum(right.values(), []))), **accuracy}
 
     def report(self, row):
         """An evaluation in words."""
