@@ -172,7 +172,7 @@ def initial_weights(config, tokenizer):
     """The weights of the run in init_from, a state dict. Raises ValueError where its model or tokenizer is another."""
     model, its_tokenizer, _ = checkpoint.load(config.init_from, "cpu")
     for name, value in asdict(model.config).items():
-        if value != getattr(config, name):
+        if value != getattr(config, name) and "dropout" not in name:
             raise ValueError(f"init_from={config.init_from} has {name}={value}, not {getattr(config, name)}: give --{name}={value}")
     if its_tokenizer.to_json() != tokenizer.to_json():
         raise ValueError(f"init_from={config.init_from} has another tokenizer: train both on the same text with the same --tokenizer")

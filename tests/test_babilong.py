@@ -149,6 +149,16 @@ def test_story_to_recall_asks_at_its_end_whatever_its_facts_answer(task, ask):
     assert asked == {4} if task == "qa4" else len(asked) > 1
 
 
+def test_story_to_recall_asks_for_other_tasks_what_its_text_can_tell():
+    moves, objects, gifts = {"Where is", "Is"}, {"Where is the", "Where was", "How many", "What is"}, {"What did", "Who"}
+    expected = {"qa1": moves, "qa4": {"What is"}, "qa5": moves | objects | gifts, "qa7": moves | objects | gifts, "qa9": moves, "qa10": moves}
+    for task in TASKS:
+        stories = [simulate(task, random.Random(seed), TASKS) for seed in range(100)]
+        asked = {re.match("Where is the|Where is|Where was|Is|How many|What is|What did|Who", line.text)[0]
+                 for story in stories for line in story if line.answer}
+        assert asked == expected.get(task, moves | objects)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_reader_understands_the_original_files(task):
     """Which proves the reader. Four questions of qa5 ask what A gave to B and mean the gift before the last."""

@@ -66,6 +66,21 @@ def test_most_stories_ask_at_their_end(stories, length):
     assert 40 < found < 75, "70% do, and some stories give only one question"
 
 
+def test_each_task_asks_what_the_others_would_in_training_and_its_own_questions_in_evaluation(stories):
+    data, evaluated = stories(512), []
+    both = lambda rows: [" Where is " in text and " Is " in text for text in (data.tokenizer.decode(row) for row in rows.tolist())]
+    trained = [found for step in range(60) for found in both(data.batch(CONFIG, step, 0)[0])]
+    assert 0.5 < np.mean(trained) < 0.8, "the share of stories that ask at their end"
+
+    class Witness(Oracle):
+        def forward(self, x, y):
+            evaluated.extend(both(x))
+            return super().forward(x, y)
+
+    data.evaluate(Witness(data.tokenizer.n_vocab, 1), SimpleNamespace(**vars(CONFIG) | {"eval_iters": 10}), "cpu")
+    assert len(evaluated) == 10 and not any(evaluated)
+
+
 def test_curriculum_moves_on_when_a_length_is_learned_or_its_budget_is_spent(stories):
     data = stories(0, 256, 512)
     assert not data.advance(0, {"accuracy": 1.0}, CONFIG), "nothing was trained yet"
@@ -82,6 +97,13 @@ def test_accuracy_counts_answers_that_are_right_to_the_last_token(stories, share
     row = data.evaluate(Oracle(data.tokenizer.n_vocab, share), CONFIG, "cpu")
     assert set(row) == {"length", "val_loss", "accuracy", "qa1", "qa6"} and row["length"] == 256
     assert (row["accuracy"] == share) if share != 0.5 else (0.1 < row["accuracy"] < 0.9)
+
+
+def test_each_answer_counts_the_same_whatever_its_task(stories, monkeypatch):
+    data = stories(256)
+    monkeypatch.setattr(data, "draw", lambda *_: (torch.zeros(2, 4, dtype=torch.long), torch.tensor([[1, -1, 1, -1], [-1, -1, 0, -1]]), ["qa1", "qa6"]))
+    row = data.evaluate(Oracle(data.tokenizer.n_vocab, 0), CONFIG, "cpu")
+    assert (row["qa1"], row["qa6"], row["accuracy"]) == (0, 1, pytest.approx(1 / 3))
 
 
 def test_answers_are_told_apart():

@@ -39,6 +39,24 @@ def test_best_and_last_can_be_told_apart(checkout, run):
     assert last["step"] == 8 and best["val_loss"] == last["best_val_loss"] and "optimizers" in last and "optimizers" not in best
 
 
+def test_run_begins_with_the_weights_of_another(checkout, run):
+    checkout.train("out/more", "--max_iters=0", "--init_from=out/whole")
+    first, second = (torch.load(checkout.folder / path / "best.pt", weights_only=True) for path in ("out/whole", "out/more"))
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    assert first["val_loss"] == second["val_loss"] and second["step"] == 0
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--init_from=out/nothing"], "out/nothing/best.pt"), (["--init_from=out/whole", "--n_layer=2"], "give --n_layer=1"),
+    (["--init_from=out/whole", "--dataset=letters.txt"], "another tokenizer")], ids=str)
+def test_weights_of_another_model_are_refused(checkout, call, run, args, named):
+    letters = "".join(sorted(set((checkout.folder / "play.txt").read_text())))
+    (checkout.folder / "letters.txt").write_text(letters.replace("a", "\u00e4") * 50)  # as many, but others
+    code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/odd", *SMALL, *args)
+    assert code == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1
+    assert not (checkout.folder / "out/odd/ckpt.pt").exists()
+
+
 def test_muon_heeds_its_flags(checkout, run):
     group = torch.load(checkout.folder / "out/whole/ckpt.pt", weights_only=True)["optimizers"][0]["param_groups"][0]
     assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1)
