@@ -3,6 +3,7 @@ Speed and memory, side by side:
 
     python bench.py                                # everything
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
+    python bench.py --nanogpt=../nanoGPT           # with nanoGPT, from a clone of its repository, as one more rival
     python bench.py --profile                      # where the time of an update goes, by part of the block
     python bench.py --soak                         # a million generated tokens: does memory grow, do the logits drift?
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -25,8 +27,8 @@ from data.babilong import Haystack, encode_line, simulate
 from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
-from lm2 import LM2Config
-from measure import Table, matmul_peak, peak_memory, read, recompute, scope, soak, time_by_part, timed, training_flops, update
+from lm2 import LM2, LM2Config
+from measure import Table, matmul_peak, nanogpt, peak_memory, read, recompute, scope, soak, time_by_part, timed, training_flops, update
 
 PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -41,6 +43,7 @@ class BenchConfig:
     parts: str = ",".join(PARTS)  # what to measure, as in training,data
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest context
+    nanogpt: str = ""             # folder with nanoGPT's model.py, a rival in training (one segment, its context) and generation
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     csv: str = ""                 # file for the figures
     plot: str = ""                # file for a plot of the figures, as in bench.png
@@ -55,6 +58,8 @@ class BenchConfig:
                 raise ValueError(f"part {part} in parts={self.parts} is not known: use {', '.join(PARTS)}")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} must be at least 1")
+        if self.nanogpt and not (Path(self.nanogpt) / "model.py").exists():
+            raise ValueError(f"nanogpt={self.nanogpt} has no model.py: clone github.com/karpathy/nanoGPT and name its folder")
 
 
 def rivals(size):
@@ -79,11 +84,12 @@ class Bench(Table):
         self.context, self.peak = checkpoint.autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
-    def models(self, size):
-        return {name: checkpoint.build(config).to(self.device).eval() for name, config in rivals(size).items()}
-
-    def lm2(self, size):
-        return checkpoint.build(rivals(size)["LM2 attend"]).to(self.device).eval()
+    def models(self, size, peer=False):
+        """{rival: model}, with nanoGPT where it can take part and is wanted."""
+        models = {name: checkpoint.build(config) for name, config in rivals(size).items()}
+        if peer and self.config.nanogpt:
+            models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
+        return {name: model.to(self.device).eval() for name, model in models.items()}
 
     def random(self, *shape):
         return torch.randint(VOCAB, shape, device=self.device)
@@ -104,10 +110,10 @@ class Bench(Table):
         for size, segments in product(SIZES[self.kind], (1, 4, 16)):
             length = segments * size["block_size"]
             shape = (max(1, TOKENS[self.kind] // length), length)
-            idx, models, memory = self.random(*shape), self.models(size), self.memory(update, size, shape)
+            idx, models, memory = self.random(*shape), self.models(size, peer=segments == 1), self.memory(update, size, shape)
             self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
                          {name: self.rate(update, model, idx) for name, model in models.items()},
-                         lambda name, rate: f"{memory[name]}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
+                         lambda name, rate: f"{memory.get(name, '')}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
 
     @torch.no_grad()
     def generation(self):
@@ -120,9 +126,9 @@ class Bench(Table):
             return job
 
         for size, length in product(SIZES[self.kind], (n for n in (64, 1024, 16384) if n <= self.config.max_length)):
-            latency, idx, models = {}, self.random(1, length), self.models(size)
+            latency, idx, models = {}, self.random(1, length), self.models(size, peer=True)
             tokens = {"vanilla, recomputed": partial(recompute, models["vanilla, window"], idx, N_NEW + 1)}
-            tokens |= {name: partial(model.stream, idx, N_NEW + 1) for name, model in models.items()}
+            tokens |= {name: partial(recompute if name == "nanoGPT" else LM2.stream, model, idx, N_NEW + 1) for name, model in models.items()}
             self.compare(f"generation, {size['n_layer']} x {size['n_embd']}, after {length} tokens", "tokens/s",
                          {name: rate(name, start) for name, start in tokens.items()},
                          lambda name, _: f"first token after {1000 * median(latency[name]):,.0f} ms")
@@ -153,7 +159,7 @@ class Bench(Table):
         for size in SIZES[self.kind]:
             length = 16 * size["block_size"]
             idx = self.random(max(1, TOKENS[self.kind] // length), length)
-            job = update(self.lm2(size), self.context, idx)
+            job = update(self.models(size)["LM2 attend"], self.context, idx)
 
             def with_data():
                 with scope("data"):
@@ -166,7 +172,7 @@ class Bench(Table):
 
     def soak(self):
         """Generate a million tokens, with a model as far from its start as if it were trained."""
-        model = self.lm2(SIZES[self.kind][0])
+        model = self.models(SIZES[self.kind][0])["LM2 attend"]
         for p in model.parameters():  # at the start the head is zero and the memory is shut
             p.data += 0.1 * torch.randn_like(p)
         soak(model, 1_000_000)

@@ -4,7 +4,9 @@ import math
 import re
 import time
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
+from importlib.util import module_from_spec, spec_from_file_location
+from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
@@ -88,6 +90,22 @@ def read(model, context, idx):
         with context:
             next(model.stream(idx, 1))
     return job
+
+
+def nanogpt(folder, config):
+    """nanoGPT's GPT of the size of an LM2Config, made by the model.py in a folder, with its own optimizer where `update` asks for ours."""
+    spec = spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    module = module_from_spec(spec)
+    with redirect_stdout(StringIO()):  # it reports on itself
+        spec.loader.exec_module(module)
+        model = module.GPT(module.GPTConfig(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+                                            n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=False))
+
+    def configure_optimizers(learning_rate, adam_lr, weight_decay, device_type):
+        with redirect_stdout(StringIO()):
+            return [type(model).configure_optimizers(model, weight_decay, adam_lr, (0.9, 0.99), device_type)]
+    model.configure_optimizers = configure_optimizers
+    return model
 
 
 def recompute(model, idx, max_new_tokens):

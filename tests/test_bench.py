@@ -51,6 +51,37 @@ def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
     assert "first token after" in small.rows[0][-1]
 
 
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+@dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: few")
+        self.config, self.wte = config, torch.nn.Embedding(config.vocab_size, config.vocab_size)
+    def forward(self, idx, targets=None):
+        assert idx.size(1) <= self.config.block_size
+        return self.wte(idx)[:, slice(None) if targets is not None else slice(-1, None)], self.wte(idx).square().mean()
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("num decayed parameter tensors: one")
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+"""
+
+
+def test_nanogpt_takes_part_within_its_context(small, monkeypatch, tmp_path, capsys):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setattr(small, "memory", lambda *_: {})
+    small.config.nanogpt = str(tmp_path)
+    small.training()
+    small.generation()
+    assert [row[0] for row in small.rows if row[1] == "nanoGPT"] == [
+        "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, after 64 tokens", "generation, 2 x 16, after 1024 tokens"]
+    assert all(row[3] > 0 for row in small.rows) and "number of" not in capsys.readouterr().out
+
+
 def test_profile_names_the_parts_of_the_block(small, capsys):
     small.profile()
     shares = dict(re.findall(r"^\| (.+) \| (\d+)% \|$", capsys.readouterr().out, re.M))
@@ -75,7 +106,8 @@ def test_data_path_is_measured_and_written_as_csv(checkout, call):
     assert (checkout.folder / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("flag, message", [("--parts=gates", "part gates"), ("--repeats=0", "repeats=0"), ("--corpus=nowhere", "nowhere")])
+@pytest.mark.parametrize("flag, message", [("--parts=gates", "part gates"), ("--repeats=0", "repeats=0"), ("--corpus=nowhere", "nowhere"),
+                                           ("--nanogpt=nowhere", "nowhere has no model.py")])
 def test_bad_input_is_refused_in_one_line(call, flag, message):
     code, _, err = call("bench.py", "--parts=data", flag)
     assert code == 2 and message in err and err.count("\n") == 1
