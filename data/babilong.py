@@ -208,7 +208,7 @@ def what_is_carried(world, fact):
     things = list(dict.fromkeys(other.thing for other in facts))
     carried = ",".join(thing for thing in things if world.where[thing] == fact.actor)
     return fact.kind in HANDLING and (f"What is {fact.actor} carrying?", carried or "nothing",
-                                    sorted(facts, key=lambda other: things.index(other.thing)))
+                                      sorted(facts, key=lambda other: things.index(other.thing)))
 
 
 def two_relations(rng, ask_all):

@@ -2,8 +2,9 @@
 Stories as train.py sees them: batches of BABILong's tasks at the current length of a curriculum, and their accuracy.
 
 The curriculum moves on to the next length when the current one is learned, or when half of the updates that were left are spent. Part
-of the batches rehearse the shorter lengths. In most batches the stories ask at their end about all that they told, each whatever any of the
-tasks would ask: that gives a memory many answers to learn from, and lengths that let in one fact more each, one after the other, teach to match names.
+of the batches rehearse the shorter lengths. In most batches the stories ask at their end about all that they told, whatever any of the
+tasks would ask: that gives a memory many answers to learn from. Lengths that let in one fact more each, one after the other, teach to
+match names.
 """
 import random
 
