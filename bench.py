@@ -113,7 +113,7 @@ class Bench(Table):
             idx, models, memory = self.random(*shape), self.models(size, peer=segments == 1), self.memory(update, size, shape)
             self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
                          {name: self.rate(update, model, idx) for name, model in models.items()},
-                         lambda name, rate: f"{memory.get(name, '')}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
+                         lambda name, rate: f"{memory.get(name, '-')}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
 
     @torch.no_grad()
     def generation(self):
