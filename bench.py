@@ -27,7 +27,7 @@ from data.babilong import Haystack, encode_line, simulate
 from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
-from lm2 import LM2, LM2Config
+from lm2 import LM2Config
 from measure import Table, matmul_peak, nanogpt, peak_memory, read, recompute, scope, soak, time_by_part, timed, training_flops, update
 
 PARTS = ("training", "generation", "reading", "data")
@@ -128,7 +128,7 @@ class Bench(Table):
         for size, length in product(SIZES[self.kind], (n for n in (64, 1024, 16384) if n <= self.config.max_length)):
             latency, idx, models = {}, self.random(1, length), self.models(size, peer=True)
             tokens = {"vanilla, recomputed": partial(recompute, models["vanilla, window"], idx, N_NEW + 1)}
-            tokens |= {name: partial(recompute if name == "nanoGPT" else LM2.stream, model, idx, N_NEW + 1) for name, model in models.items()}
+            tokens |= {name: partial(model.stream, idx, N_NEW + 1) for name, model in models.items()}
             self.compare(f"generation, {size['n_layer']} x {size['n_embd']}, after {length} tokens", "tokens/s",
                          {name: rate(name, start) for name, start in tokens.items()},
                          lambda name, _: f"first token after {1000 * median(latency[name]):,.0f} ms")
@@ -159,7 +159,7 @@ class Bench(Table):
         for size in SIZES[self.kind]:
             length = 16 * size["block_size"]
             idx = self.random(max(1, TOKENS[self.kind] // length), length)
-            job = update(self.models(size)["LM2 attend"], self.context, idx)
+            job = update(checkpoint.build(rivals(size)["LM2 attend"]).to(self.device), self.context, idx)
 
             def with_data():
                 with scope("data"):
@@ -172,7 +172,7 @@ class Bench(Table):
 
     def soak(self):
         """Generate a million tokens, with a model as far from its start as if it were trained."""
-        model = self.models(SIZES[self.kind][0])["LM2 attend"]
+        model = checkpoint.build(rivals(SIZES[self.kind][0])["LM2 attend"]).to(self.device).eval()
         for p in model.parameters():  # at the start the head is zero and the memory is shut
             p.data += 0.1 * torch.randn_like(p)
         soak(model, 1_000_000)

@@ -5,6 +5,7 @@ import re
 import time
 from collections import Counter
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from pathlib import Path
@@ -93,7 +94,10 @@ def read(model, context, idx):
 
 
 def nanogpt(folder, config):
-    """nanoGPT's GPT of the size of an LM2Config, made by the model.py in a folder, with its own optimizer where `update` asks for ours."""
+    """
+    nanoGPT's GPT of the size of an LM2Config, made by the model.py in a folder. It trains with its own optimizer and generates as it
+    does, behind the names that LM2 has: `configure_optimizers`, `stream`.
+    """
     spec = spec_from_file_location("nanogpt", Path(folder) / "model.py")
     module = module_from_spec(spec)
     with redirect_stdout(StringIO()):  # it reports on itself
@@ -101,10 +105,12 @@ def nanogpt(folder, config):
         model = module.GPT(module.GPTConfig(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
                                             n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=False))
 
+    its_optimizer = model.configure_optimizers
+
     def configure_optimizers(learning_rate, adam_lr, weight_decay, device_type):
         with redirect_stdout(StringIO()):
-            return [type(model).configure_optimizers(model, weight_decay, adam_lr, (0.9, 0.99), device_type)]
-    model.configure_optimizers = configure_optimizers
+            return [its_optimizer(weight_decay, adam_lr, (0.9, 0.99), device_type)]
+    model.configure_optimizers, model.stream = configure_optimizers, partial(recompute, model)
     return model
 
 
