@@ -31,11 +31,11 @@ def save(path, model, **more):
 def read(path):
     """The dict that `save` wrote, on the CPU. Raises ValueError where the file is missing or damaged."""
     if not Path(path).exists():
-        raise ValueError(f"there is no checkpoint {path}: train first, or name its folder with --out_dir")
+        raise ValueError(f"there is no checkpoint {path}: train first, or name the folder of a run")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a different type for each kind of damage
-        raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it and train again, or use another --out_dir") from None
+        raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it and train again, or name another run") from None
 
 
 def load(out_dir, device="auto"):
