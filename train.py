@@ -94,13 +94,13 @@ def resumed(config, given):
     if not path.exists():
         raise ValueError(f"there is no run to resume in {config.out_dir}: name its folder with --out_dir")
     try:
-        saved = json.loads(path.read_text())["train"]
-    except (ValueError, KeyError):
+        saved = TrainConfig(**json.loads(path.read_text())["train"])
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged: copy it again, or train a new run") from None
     for key in given:
-        if key not in RESUMABLE and getattr(config, key) != saved[key]:
-            raise ValueError(f"{key}={getattr(config, key)} cannot change on --resume: this run has {saved[key]}")
-    return TrainConfig(**saved | {key: getattr(config, key) for key in given & RESUMABLE} | {"out_dir": config.out_dir})
+        if key not in RESUMABLE and getattr(config, key) != getattr(saved, key):
+            raise ValueError(f"{key}={getattr(config, key)} cannot change on --resume: this run has {getattr(saved, key)}")
+    return replace(saved, **{key: getattr(config, key) for key in given & RESUMABLE} | {"out_dir": config.out_dir})
 
 
 def lr_factor(step, config):

@@ -151,6 +151,18 @@ def test_a_run_is_not_overwritten_or_resumed_as_another(checkout, call, run, arg
     assert before == {f.name: f.read_bytes() for f in (checkout.folder / "out/whole").iterdir()}
 
 
+def test_run_from_before_a_flag_goes_on_as_with_its_default(checkout, call):
+    checkout.train("out/old", "--max_iters=2", "--lr_decay_iters=4")
+    path = checkout.folder / "out/old/config.json"
+    saved = json.loads(path.read_text())
+    del saved["train"]["init_from"]
+    path.write_text(json.dumps(saved))
+    code, _, err = call("train.py", "--resume", "--out_dir=out/old", "--init_from=out/whole")
+    assert code == 2 and "init_from=out/whole cannot change" in err and err.count("\n") == 1
+    code, _, err = call("train.py", "--resume", "--out_dir=out/old", "--max_iters=3")
+    assert code == 0, err
+
+
 def test_overwrite_replaces_a_run(checkout):
     checkout.train("out/again", "--max_iters=4")
     checkout.train("out/again", "--max_iters=2", "--overwrite", "--seed=2")
