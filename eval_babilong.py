@@ -3,6 +3,7 @@ Does the memory work? Accuracy on BABILong (Kuratov et al. 2024, arXiv 2406.1014
 
     python eval_babilong.py out/lm2 out/rmt out/vanilla --tasks=qa1,qa2 --lengths=0k,1k,4k --n_samples=100
     python eval_babilong.py out/vanilla_full --rag=10                 # the RAG baseline: the 10 sentences nearest to the question
+    python eval_babilong.py out/lm2 --lengths=64k --gate_sharpness=2  # a memory that fades less than it did in training
     python eval_babilong.py out/lm2 --lengths=0k --babi_dir=tasks_1-20_v1-2/en
     python eval_babilong.py out/lm2 --babilong_dir=babilong/data
 
@@ -46,6 +47,7 @@ class EvalConfig:
     lengths: str = "0k,1k,2k,4k"   # lengths in tokens, as in 0k,512,1k,128k,1M; 0k is the bare story
     n_samples: int = 100           # questions of each task and length
     rag: int = 0                   # K: instead of the whole context, the model sees the K sentences nearest to the question
+    gate_sharpness: float = 1.0    # lm2: times the logits of the input and forget gates; above 1 the memory fades less
     babi_dir: str = ""             # folder of bAbI v1.2 files: their questions instead of simulated ones
     babilong_dir: str = ""         # folder of BABILong's records: their questions and contexts instead of simulated ones
     paper: bool = False            # the paper's rows beside ours
@@ -64,6 +66,8 @@ class EvalConfig:
         for name in ("rag", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.gate_sharpness <= 0:
+            raise ValueError(f"gate_sharpness={self.gate_sharpness} must be above 0")
         if self.babi_dir and self.babilong_dir:
             raise ValueError("babi_dir and babilong_dir exclude each other: choose one")
         parse_tasks(self.tasks)
@@ -142,9 +146,24 @@ def evaluate(config, task, length, model, tokenizer, haystack, bar):
     return n, right
 
 
+@torch.no_grad()
+def sharpen_gates(model, factor):
+    """
+    Multiply the logits of the input and forget gates (Eq. 4-5). A slot that keeps 99.9% a segment in training, enough for its few dozen
+    segments, keeps 14% over the two thousand of 128k tokens; with twice the logit it keeps 99.9999% of it a segment, 99.8% over all.
+    """
+    for block in model.blocks:
+        for p in [*block.memory.w_in.parameters(), *block.memory.w_forget.parameters()] if block.memory else []:
+            p.mul_(factor)
+
+
 def describe(run, config):
     """A run's model, tokenizer, haystack of the text that training never saw, and what results.json says of it."""
     model, tokenizer, saved = checkpoint.load(run, config.device)
+    if config.gate_sharpness != 1:
+        if model.config.memory != "lm2":
+            raise ValueError(f"{run} has memory={model.config.memory}, which has no gates: leave out --gate_sharpness={config.gate_sharpness:g}")
+        sharpen_gates(model, config.gate_sharpness)
     if saved["train"]["dataset"] != "babilong":
         raise ValueError(f"{run} was trained on {saved['train']['dataset']}: train it with --dataset=babilong")
     text, sha, _, _ = read_text(saved["train"]["corpus"])
@@ -244,6 +263,7 @@ def main():
         runs = {}
         for run in config.runs:
             name = Path(run).name + (f" + RAG ({config.rag} sentences)" if config.rag else "")
+            name += f" + gates x {config.gate_sharpness:g}" if config.gate_sharpness != 1 else ""
             if name in runs:
                 raise ValueError(f"two runs are named {name}: the folders need different names")
             runs[name] = describe(run, config)

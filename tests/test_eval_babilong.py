@@ -135,6 +135,32 @@ def test_rag_rows_join_the_table(call, run):
     assert code == 0 and "| tiny + RAG (2 sentences) |" in out, err
 
 
+def test_sharper_gates_have_their_logits_times_a_factor(checkout, run, monkeypatch):
+    monkeypatch.chdir(checkout.folder)
+    model, sharper = (describe(run, EvalConfig(runs=[run], device="cpu", gate_sharpness=factor))[0] for factor in (1.0, 2.0))
+    x = torch.randn(3, 5, model.config.n_embd)
+    for block, other in zip(model.blocks, sharper.blocks):
+        for gate, sharp in zip(block.memory.gates(x, x), other.memory.gates(x, x)):
+            torch.testing.assert_close(sharp.logit(), 2 * gate.logit(), rtol=1e-3, atol=1e-3)
+    changed = {name.split(".")[-2] for (name, p), q in zip(model.named_parameters(), sharper.parameters()) if not torch.equal(p, q)}
+    assert changed == {"w_in", "w_forget"}, "and nothing else"
+
+
+def test_a_memory_with_sharper_gates_has_a_row_of_its_own(call, run):
+    flags = ["--tasks=qa1", "--lengths=0k", "--n_samples=2", "--out_dir=out/eval-sharp"]
+    assert call("eval_babilong.py", run, *flags)[0] == 0
+    code, out, err = call("eval_babilong.py", run, "--gate_sharpness=2", *flags)
+    assert code == 0 and "| tiny |" in out and "| tiny + gates x 2 |" in out, err
+
+
+def test_gates_of_a_model_without_memory_are_refused(checkout, call):
+    code, _, err = checkout.run("train.py", "--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=0k", *SMALL, "--max_iters=0",
+                                "--memory=none", "--out_dir=out/bare", "--overwrite")
+    assert code == 0, err
+    code, _, err = call("eval_babilong.py", "out/bare", "--gate_sharpness=2", "--out_dir=out/eval-refused")
+    assert code == 2 and "memory=none" in err and err.count("\n") == 1
+
+
 def test_real_babi_files_are_evaluated(checkout, call, run):
     folder = checkout.folder / "babi"
     folder.mkdir()
@@ -158,6 +184,7 @@ def test_real_babilong_records_are_evaluated(checkout, call, run):
     (["RUN", "--tasks=qa12"], "task qa12"),
     (["RUN", "--lengths=1q"], "1q"),
     (["RUN", "--n_samples=0"], "n_samples=0"),
+    (["RUN", "--gate_sharpness=0"], "gate_sharpness=0"),
     (["RUN", "RUN"], "different names"),
     (["RUN", "--babi_dir=nowhere"], "nowhere"),
     (["RUN", "--babi_dir=a", "--babilong_dir=b"], "exclude each other"),
