@@ -1,4 +1,5 @@
 """eval_babilong.py: answers, scores, tables, files, the RAG baseline."""
+import copy
 import csv
 import json
 import math
@@ -14,7 +15,8 @@ from data import tokenizer as tokenizers
 from data.babilong import Haystack, Sample, encode_text, evaluation_sample, format_story, simulate
 from data.curriculum import tokenizer_text
 from data.text import split
-from eval_babilong import EvalConfig, average, bm25, describe, evaluate, questions, retrieve, rows_by_length, write_answers
+from eval_babilong import EvalConfig, average, bm25, describe, evaluate, questions, retrieve, rows_by_length, sharpen_gates, write_answers
+from lm2 import LM2, LM2Config
 
 TOKENIZER = tokenizers.build("char", tokenizer_text(TEXT), 0)
 
@@ -135,10 +137,13 @@ def test_rag_rows_join_the_table(call, run):
     assert code == 0 and "| tiny + RAG (2 sentences) |" in out, err
 
 
-def test_sharper_gates_have_their_logits_times_a_factor(checkout, run, monkeypatch):
-    monkeypatch.chdir(checkout.folder)
-    model, sharper = (describe(run, EvalConfig(runs=[run], device="cpu", gate_sharpness=factor))[0] for factor in (1.0, 2.0))
-    x = torch.randn(3, 5, model.config.n_embd)
+def test_sharper_gates_have_their_logits_times_a_factor():
+    model = LM2(LM2Config(vocab_size=9, n_embd=32))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    sharper = copy.deepcopy(model)
+    sharpen_gates(sharper, 2.0)
+    x = torch.randn(3, 5, 32)
     for block, other in zip(model.blocks, sharper.blocks):
         for gate, sharp in zip(block.memory.gates(x, x), other.memory.gates(x, x)):
             torch.testing.assert_close(sharp.logit(), 2 * gate.logit(), rtol=1e-3, atol=1e-3)
@@ -146,11 +151,14 @@ def test_sharper_gates_have_their_logits_times_a_factor(checkout, run, monkeypat
     assert changed == {"w_in", "w_forget"}, "and nothing else"
 
 
-def test_a_memory_with_sharper_gates_has_a_row_of_its_own(call, run):
+def test_a_memory_with_sharper_gates_has_a_row_of_its_own(checkout, call, run, monkeypatch):
     flags = ["--tasks=qa1", "--lengths=0k", "--n_samples=2", "--out_dir=out/eval-sharp"]
     assert call("eval_babilong.py", run, *flags)[0] == 0
     code, out, err = call("eval_babilong.py", run, "--gate_sharpness=2", *flags)
     assert code == 0 and "| tiny |" in out and "| tiny + gates x 2 |" in out, err
+    monkeypatch.chdir(checkout.folder)
+    biases = [describe(run, EvalConfig(runs=[run], gate_sharpness=factor))[0].blocks[0].memory.w_forget.bias for factor in (1.0, 2.0)]
+    assert torch.equal(2 * biases[0], biases[1])
 
 
 def test_gates_of_a_model_without_memory_are_refused(checkout, call):
