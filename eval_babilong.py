@@ -66,8 +66,8 @@ class EvalConfig:
         for name in ("rag", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.gate_sharpness <= 0:
-            raise ValueError(f"gate_sharpness={self.gate_sharpness} must be above 0")
+        if not 0 < self.gate_sharpness < math.inf:
+            raise ValueError(f"gate_sharpness={self.gate_sharpness} must be above 0, and finite")
         if self.babi_dir and self.babilong_dir:
             raise ValueError("babi_dir and babilong_dir exclude each other: choose one")
         parse_tasks(self.tasks)

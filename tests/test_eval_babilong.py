@@ -193,6 +193,7 @@ def test_real_babilong_records_are_evaluated(checkout, call, run):
     (["RUN", "--lengths=1q"], "1q"),
     (["RUN", "--n_samples=0"], "n_samples=0"),
     (["RUN", "--gate_sharpness=0"], "gate_sharpness=0"),
+    (["RUN", "--gate_sharpness=nan"], "gate_sharpness=nan"),
     (["RUN", "RUN"], "different names"),
     (["RUN", "--babi_dir=nowhere"], "nowhere"),
     (["RUN", "--babi_dir=a", "--babilong_dir=b"], "exclude each other"),
