@@ -149,11 +149,11 @@ def evaluate(config, task, length, model, tokenizer, haystack, bar):
 @torch.no_grad()
 def sharpen_gates(model, factor):
     """
-    Multiply the logits of the input and forget gates (Eq. 4-5). A slot that keeps 99.9% a segment in training, enough for its few dozen
-    segments, keeps 14% over the two thousand of 128k tokens; with twice the logit it keeps 99.9999% of it a segment, 99.8% over all.
+    Multiply the logits of the input and forget gates (Eq. 4-5). A number of the bank that keeps 99.9% a segment, enough for the few dozen
+    segments of training, keeps 14% over the two thousand of 128k tokens; with twice the logit it keeps 99.9999% a segment, 99.8% over all.
     """
-    for block in model.blocks:
-        for p in [*block.memory.w_in.parameters(), *block.memory.w_forget.parameters()] if block.memory else []:
+    for bank in (block.memory for block in model.blocks if block.memory):
+        for p in (*bank.w_in.parameters(), *bank.w_forget.parameters()):
             p.mul_(factor)
 
 

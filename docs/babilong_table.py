@@ -32,7 +32,8 @@ MODELS = {"LM2": ("lm2", []), "vanilla, window": ("window", ["--memory=none", MA
           "RMT": ("rmt", ["--memory=rmt", "--mem_slots=16", MATCH]),
           "vanilla, full attention": ("full", ["--memory=none", "--attention=full", MATCH])}
 SHARPNESS = {"qa1": 2, "ten": 1.5}[TABLE]  # chosen on other stories, see docs/experiments.md
-VARIANTS = {f"LM2, gates x {SHARPNESS}": ("lm2", f"--gate_sharpness={SHARPNESS}", f" + gates x {SHARPNESS}"),  # a flag, and what it adds to the name
+SHARP = f"LM2, gates x {SHARPNESS}"
+VARIANTS = {SHARP: ("lm2", f"--gate_sharpness={SHARPNESS}", f" + gates x {SHARPNESS}"),  # a run, a flag, and what it adds to the run's name
             "RAG on full attention": ("full", "--rag=10", " + RAG (10 sentences)")}
 
 
@@ -101,7 +102,7 @@ print("\n".join([f"| accuracy in % | parameters | minutes | {' | '.join(LENGTHS)
                  *(row(name, folder, suffix) for name, (folder, _, suffix) in VARIANTS.items())]))
 if TABLE == "ten":  # and LM2's accuracy task by task
     tasks = TASKS.split(",")
-    for name, suffix in (("LM2", ""), (f"LM2, gates x {SHARPNESS}", f" + gates x {SHARPNESS}")):
+    for name, suffix in (("LM2", ""), (SHARP, VARIANTS[SHARP][2])):
         cells = results("lm2", suffix)[0]["cells"]
         print(f"\n| {name} | {' | '.join(tasks)} | qa1-qa5 | all |\n| --- |" + " ---: |" * (len(tasks) + 2))
         for length in LENGTHS:

@@ -161,9 +161,9 @@ def test_a_memory_with_sharper_gates_has_a_row_of_its_own(checkout, call, run, m
     assert torch.equal(2 * biases[0], biases[1])
 
 
-def test_gates_of_a_model_without_memory_are_refused(checkout, call):
-    code, _, err = checkout.run("train.py", "--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=0k", *SMALL, "--max_iters=0",
-                                "--memory=none", "--out_dir=out/bare", "--overwrite")
+def test_gates_of_a_model_without_memory_are_refused(call):
+    code, _, err = call("train.py", "--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=0k", *SMALL, "--max_iters=0",
+                        "--memory=none", "--out_dir=out/bare", "--overwrite")
     assert code == 0, err
     code, _, err = call("eval_babilong.py", "out/bare", "--gate_sharpness=2", "--out_dir=out/eval-refused")
     assert code == 2 and "memory=none" in err and err.count("\n") == 1
