@@ -4,6 +4,7 @@ Speed and memory, side by side:
     python bench.py                                # everything
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
     python bench.py --nanogpt=../nanoGPT           # with nanoGPT, from a clone of its repository, as one more rival
+    python bench.py --parts=training --compile     # as train.py --compile trains; a minute more for each rival
     python bench.py --profile                      # where the time of an update goes, by part of the block
     python bench.py --soak                         # a million generated tokens: does memory grow, do the logits drift?
 
@@ -34,8 +35,7 @@ PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
          "cuda": [dict(n_layer=6, n_head=6, n_embd=384, block_size=256), dict(n_layer=12, n_head=12, n_embd=768, block_size=512)]}
 TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training update
-VOCAB = 512
-N_NEW = 64  # tokens of a generation
+VOCAB, N_NEW = 512, 64  # token ids, and tokens of a generation
 
 
 @dataclass
@@ -44,6 +44,7 @@ class BenchConfig:
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest context
     nanogpt: str = ""             # folder with nanoGPT's model.py, a rival in training (one segment, its context) and generation
+    compile: bool = False         # torch.compile all models for training; without figures for memory
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     csv: str = ""                 # file for the figures
     plot: str = ""                # file for a plot of the figures, as in bench.png
@@ -53,9 +54,8 @@ class BenchConfig:
     dtype: str = "auto"           # auto (the faster), float32 or bfloat16
 
     def __post_init__(self):
-        for part in self.parts.split(","):
-            if part not in PARTS:
-                raise ValueError(f"part {part} in parts={self.parts} is not known: use {', '.join(PARTS)}")
+        if unknown := set(self.parts.split(",")) - set(PARTS):
+            raise ValueError(f"part {min(unknown)} in parts={self.parts} is not known: use {', '.join(PARTS)}")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} must be at least 1")
         if self.nanogpt and not (Path(self.nanogpt) / "model.py").exists():
@@ -89,10 +89,11 @@ class Bench(Table):
         models = {name: checkpoint.build(config) for name, config in rivals(size).items()}
         if peer and self.config.nanogpt:
             models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
+        if self.config.compile:
+            torch.compiler.reset()  # a class is compiled for eight models, no more
+            for model in models.values():
+                model.compile()
         return {name: model.to(self.device).eval() for name, model in models.items()}
-
-    def random(self, *shape):
-        return torch.randint(VOCAB, shape, device=self.device)
 
     def memory(self, make_job, size, shape):
         """{rival: peak memory of a job, in words}"""
@@ -109,8 +110,8 @@ class Bench(Table):
         """Whole updates, their peak memory, and the share of the hardware's matmul peak (MFU)."""
         for size, segments in product(SIZES[self.kind], (1, 4, 16)):
             length = segments * size["block_size"]
-            shape = (max(1, TOKENS[self.kind] // length), length)
-            idx, models, memory = self.random(*shape), self.models(size, peer=segments == 1), self.memory(update, size, shape)
+            idx = torch.randint(VOCAB, (max(1, TOKENS[self.kind] // length), length), device=self.device)
+            models, memory = self.models(size, peer=segments == 1), {} if self.config.compile else self.memory(update, size, idx.shape)
             self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
                          {name: self.rate(update, model, idx) for name, model in models.items()},
                          lambda name, rate: f"{memory.get(name, '-')}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
@@ -126,7 +127,7 @@ class Bench(Table):
             return job
 
         for size, length in product(SIZES[self.kind], (n for n in (64, 1024, 16384) if n <= self.config.max_length)):
-            latency, idx, models = {}, self.random(1, length), self.models(size, peer=True)
+            latency, idx, models = {}, torch.randint(VOCAB, (1, length), device=self.device), self.models(size, peer=True)
             tokens = {"vanilla, recomputed": partial(recompute, models["vanilla, window"], idx, N_NEW + 1)}
             tokens |= {name: partial(model.stream, idx, N_NEW + 1) for name, model in models.items()}
             self.compare(f"generation, {size['n_layer']} x {size['n_embd']}, after {length} tokens", "tokens/s",
@@ -136,7 +137,7 @@ class Bench(Table):
     def reading(self):
         """A long context, batch 1."""
         for length in (n for n in (1024, 4096, 16384, 65536, 131072) if n <= self.config.max_length):
-            size, idx = SIZES[self.kind][0], self.random(1, length)
+            size, idx = SIZES[self.kind][0], torch.randint(VOCAB, (1, length), device=self.device)
             memory = self.memory(read, size, (1, length))
             self.compare(f"reading {length} tokens", "tokens/s", {name: self.rate(read, model, idx) for name, model in self.models(size).items()},
                          lambda name, _: memory[name])
@@ -158,7 +159,7 @@ class Bench(Table):
         ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
         for size in SIZES[self.kind]:
             length = 16 * size["block_size"]
-            idx = self.random(max(1, TOKENS[self.kind] // length), length)
+            idx = torch.randint(VOCAB, (max(1, TOKENS[self.kind] // length), length), device=self.device)
             job = update(checkpoint.build(rivals(size)["LM2 attend"]).to(self.device), self.context, idx)
 
             def with_data():

@@ -4,6 +4,7 @@ import re
 from unittest.mock import patch
 
 import pytest
+import torch
 
 import bench
 import measure
@@ -37,6 +38,15 @@ def test_training_and_reading_are_measured_for_each_rival(small, monkeypatch):
     assert [row[0] for row in small.rows[::5]] == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)] + ["reading 1024 tokens"]
     assert [row[1] for row in small.rows] == 4 * list(rivals(SIZE))
     assert "1 MiB, MFU" in small.rows[0][-1]
+
+
+def test_compiled_are_all_rivals_and_their_memory_is_not_told(small, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: compiled.append(model))
+    small.config.compile = True
+    small.training()
+    assert len(compiled) == 3 * len(rivals(SIZE)) and {model.config.memory for model in compiled} == {"lm2", "rmt", "none"}
+    assert small.rows[0][-1].startswith("-, MFU")
 
 
 def test_memory_is_that_of_a_new_process(small):
