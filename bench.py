@@ -4,7 +4,6 @@ Speed and memory, side by side:
     python bench.py                                # everything
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
     python bench.py --nanogpt=../nanoGPT           # with nanoGPT, from a clone of its repository, as one more rival
-    python bench.py --parts=training --compile     # as train.py --compile trains; a minute more for each rival
     python bench.py --profile                      # where the time of an update goes, by part of the block
     python bench.py --soak                         # a million generated tokens: does memory grow, do the logits drift?
 
@@ -35,7 +34,8 @@ PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
          "cuda": [dict(n_layer=6, n_head=6, n_embd=384, block_size=256), dict(n_layer=12, n_head=12, n_embd=768, block_size=512)]}
 TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training update
-VOCAB, N_NEW = 512, 64  # token ids, and tokens of a generation
+VOCAB = 512
+N_NEW = 64  # tokens of a generation
 
 
 @dataclass
@@ -89,11 +89,10 @@ class Bench(Table):
         models = {name: checkpoint.build(config) for name, config in rivals(size).items()}
         if peer and self.config.nanogpt:
             models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
-        if self.config.compile:
-            torch.compiler.reset()  # a class is compiled for eight models, no more
-            for model in models.values():
-                model.compile()
         return {name: model.to(self.device).eval() for name, model in models.items()}
+
+    def random(self, *shape):
+        return torch.randint(VOCAB, shape, device=self.device)
 
     def memory(self, make_job, size, shape):
         """{rival: peak memory of a job, in words}"""
@@ -110,10 +109,11 @@ class Bench(Table):
         """Whole updates, their peak memory, and the share of the hardware's matmul peak (MFU)."""
         for size, segments in product(SIZES[self.kind], (1, 4, 16)):
             length = segments * size["block_size"]
-            idx = torch.randint(VOCAB, (max(1, TOKENS[self.kind] // length), length), device=self.device)
+            idx = self.random(max(1, TOKENS[self.kind] // length), length)
+            torch.compiler.reset()  # it compiles a function for eight shapes, no more
             models, memory = self.models(size, peer=segments == 1), {} if self.config.compile else self.memory(update, size, idx.shape)
             self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
-                         {name: self.rate(update, model, idx) for name, model in models.items()},
+                         {name: self.rate(update, torch.compile(model) if self.config.compile else model, idx) for name, model in models.items()},
                          lambda name, rate: f"{memory.get(name, '-')}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class Bench(Table):
             return job
 
         for size, length in product(SIZES[self.kind], (n for n in (64, 1024, 16384) if n <= self.config.max_length)):
-            latency, idx, models = {}, torch.randint(VOCAB, (1, length), device=self.device), self.models(size, peer=True)
+            latency, idx, models = {}, self.random(1, length), self.models(size, peer=True)
             tokens = {"vanilla, recomputed": partial(recompute, models["vanilla, window"], idx, N_NEW + 1)}
             tokens |= {name: partial(model.stream, idx, N_NEW + 1) for name, model in models.items()}
             self.compare(f"generation, {size['n_layer']} x {size['n_embd']}, after {length} tokens", "tokens/s",
@@ -137,7 +137,7 @@ class Bench(Table):
     def reading(self):
         """A long context, batch 1."""
         for length in (n for n in (1024, 4096, 16384, 65536, 131072) if n <= self.config.max_length):
-            size, idx = SIZES[self.kind][0], torch.randint(VOCAB, (1, length), device=self.device)
+            size, idx = SIZES[self.kind][0], self.random(1, length)
             memory = self.memory(read, size, (1, length))
             self.compare(f"reading {length} tokens", "tokens/s", {name: self.rate(read, model, idx) for name, model in self.models(size).items()},
                          lambda name, _: memory[name])
@@ -159,7 +159,7 @@ class Bench(Table):
         ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
         for size in SIZES[self.kind]:
             length = 16 * size["block_size"]
-            idx = torch.randint(VOCAB, (max(1, TOKENS[self.kind] // length), length), device=self.device)
+            idx = self.random(max(1, TOKENS[self.kind] // length), length)
             job = update(checkpoint.build(rivals(size)["LM2 attend"]).to(self.device), self.context, idx)
 
             def with_data():
