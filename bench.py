@@ -96,9 +96,9 @@ class Bench(Table):
 
     def memory(self, make_job, size, shape):
         """{rival: peak memory of a job, in words}"""
-        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each
-            return {name: f"{pool.apply(memory_of, (make_job, config, self.dtype, self.device, shape)):,.0f} MiB"
-                    for name, config in rivals(size).items()}
+        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # on a CPU a new process for each; CUDA counts what is allocated
+            call = pool.apply if self.kind == "cpu" else lambda function, args: function(*args)
+            return {name: f"{call(memory_of, (make_job, config, self.dtype, self.device, shape)):,.0f} MiB" for name, config in rivals(size).items()}
 
     def rate(self, make_job, model, idx):
         """Tokens per second of a job: a function that runs it once."""

@@ -3,7 +3,6 @@ Train LM2 on text, or on the stories of BABILong:
 
     python train.py --dataset=shakespeare
     python train.py --dataset=my/notes.txt --tokenizer=bpe --out_dir=out/notes
-    python train.py --config=config/shakespeare_gpu.toml --seed=1
     python train.py --dataset=babilong --tasks=qa1,qa2 --lengths=0k,256,1k --tokenizer=bpe --vocab_size=512
     torchrun --nproc_per_node=2 train.py --dataset=shakespeare
 
@@ -30,6 +29,7 @@ from tqdm import tqdm
 import checkpoint
 from configurator import parse, user_errors
 from data import curriculum, text
+from data.loader import batches
 from data.tokenizer import atomic_open, write_json
 from lm2 import LM2Config
 
@@ -42,6 +42,7 @@ class TrainConfig(LM2Config):
     tokenizer: str = "char"        # char, bpe or gpt2
     tasks: str = "qa1"             # babilong: the tasks, all in every batch, as in qa1,qa2
     lengths: str = "0k,256,512"    # babilong: the curriculum of lengths in tokens, 0k is the bare story
+    rehearse: float = 0.3          # babilong: share of the updates that go to lengths seen before
     corpus: str = "shakespeare"    # babilong: the text around the facts, as for dataset
     out_dir: str = ""              # folder of the run, default out/DATASET
     # optimization
@@ -65,6 +66,7 @@ class TrainConfig(LM2Config):
     # machine
     device: str = "auto"           # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"            # of the matmuls: auto (the faster), float32 or bfloat16; the memory stays float32
+    num_workers: int = 0           # processes that make batches ahead, for a GPU that would wait for stories
     compile: bool = False          # torch.compile the model; on by itself with cuda
     match_params: str = ""         # folder of a run: widen the MLP until the model has as many parameters, within 2%
     # a run that exists
@@ -74,18 +76,17 @@ class TrainConfig(LM2Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("n_segments", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_iters", "learning_rate", "adam_lr", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay", "grad_clip", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum} must be at least 0 and below 1")
+        positive = ("n_segments", "batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters")
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and value < (name in positive):
+                raise ValueError(f"{name}={value} must be at least {int(name in positive)}")
+        for name in ("momentum", "rehearse"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
         self.out_dir = self.out_dir or str(Path("out") / Path(self.dataset).resolve().stem)
 
 
-RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype", "compile", "out_dir", "resume"}
+RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype", "num_workers", "compile", "out_dir", "resume"}
 
 
 def resumed(config, given):
@@ -231,7 +232,7 @@ def main():
     raw_model = checkpoint.build(model_config(config)).to(device)
     optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type, config.momentum)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    step, best = 0, math.inf
+    step, best, loader = 0, math.inf, None
     with user_errors():
         if config.resume:
             ckpt = checkpoint.read(out_dir / "ckpt.pt")
@@ -288,6 +289,7 @@ def main():
             best = row["val_loss"] if better else best
             if step < config.max_iters:
                 corpus.advance(step, row, config)
+                loader = None
             if master:
                 bar.write(f"step {step}: {corpus.report(row)}")
                 if better:
@@ -296,19 +298,17 @@ def main():
         if step == config.max_iters:
             break
 
+        loader = loader or batches(corpus, config, step, rank, world, device)
         factor = lr_factor(step, config)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * factor
         torch.manual_seed(config.seed + 1_000_003 * (step * world + rank))  # dropout, too, is a function of the step
         status = torch.zeros(2, device=device)  # loss, and how many processes were asked to stop
         for micro in range(config.gradient_accumulation_steps):
-            x, y = corpus.batch(config, step, micro * world + rank)
-            if device.type == "cuda":  # pinned memory is copied while Python goes on
-                x, y = (ids.pin_memory().to(device, non_blocking=True) for ids in (x, y))
-            last = micro == config.gradient_accumulation_steps - 1
-            with nullcontext() if last or world == 1 else model.no_sync():
+            x, y = (ids.to(device, non_blocking=True) for ids in next(loader))
+            with nullcontext() if world == 1 or micro == config.gradient_accumulation_steps - 1 else model.no_sync():
                 with context:
-                    loss = model(x.to(device), y.to(device))[1] / config.gradient_accumulation_steps
+                    loss = model(x, y)[1] / config.gradient_accumulation_steps
                 loss.backward()
             status[0] += loss.detach() / world
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)

@@ -15,9 +15,8 @@ from data import tokenizer as tokenizers
 from data.babilong import TASKS, Haystack, encode_line, evaluation_sample, join, parse_length, samples, simulate
 from data.text import read_text, split
 
-REHEARSE = 0.3  # share of the batches from shorter lengths
-RECALL = 0.7    # share of the batches whose stories ask at their end
-LESSONS = 400   # stories of each task that the tokenizer sees
+RECALL = 0.7   # share of the batches whose stories ask at their end
+LESSONS = 400  # stories of each task that the tokenizer sees
 
 
 def training_row(tasks, limit, tokenizer, rng, asking):
@@ -86,7 +85,7 @@ class Stories:
     def batch(self, config, step, part):
         """Inputs and targets (rows, length) of one part of an update; targets are -1 but for answers."""
         rng = np.random.default_rng([config.seed, step])
-        stage = int(rng.integers(self.place[0] + 1)) if rng.random() < REHEARSE else self.place[0]
+        stage = int(rng.integers(self.place[0] + 1)) if rng.random() < config.rehearse else self.place[0]
         return self.draw(self.train, self.lengths[stage], config, config.seed, step, part, "all" if rng.random() < RECALL else "along")[:2]
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from data.text import split
 from lm2 import LM2
 from rmt import RMT
 
-CONFIG = SimpleNamespace(batch_size=4, n_segments=2, block_size=64, seed=1, eval_iters=2, max_iters=100, advance_at=0.9)
+CONFIG = SimpleNamespace(batch_size=4, n_segments=2, block_size=64, seed=1, eval_iters=2, max_iters=100, advance_at=0.9, rehearse=0.3)
 BABILONG = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1,qa6", "--lengths=0k,256"]
 
 
@@ -54,6 +54,8 @@ def test_curriculum_trains_at_its_length_and_rehearses_the_shorter_ones(stories)
     data.place = [2, 0]
     widths = [data.batch(CONFIG, step, 0)[0].size(1) for step in range(200)]
     assert set(widths) == {256, 384, 512} and 0.7 < np.mean(np.array(widths) == 512) < 0.9
+    never = SimpleNamespace(**vars(CONFIG) | {"rehearse": 0.0})
+    assert {data.batch(never, step, 0)[0].size(1) for step in range(20)} == {512}
 
 
 @pytest.mark.parametrize("length", [0, 512])
