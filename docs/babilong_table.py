@@ -35,7 +35,7 @@ MODELS = {"LM2": ("lm2", []), "vanilla, window": ("window", ["--memory=none", MA
           "vanilla, full attention": ("full", ["--memory=none", "--attention=full", MATCH])}
 SHARPNESS = {"qa1": 2, "ten": 1.5, "long": 2, "gpu": 2}[TABLE]  # chosen on other stories, see docs/experiments.md
 SHARP = f"LM2, gates x {SHARPNESS}"
-SLOW = ["--batch_size=384", "--max_iters=2000", "--eval_iters=1", "--eval_interval=50"]  # RMT on a GPU: as much data in a fourth of the updates
+SLOW = ["--batch_size=192", "--max_iters=4000", "--eval_iters=2", "--eval_interval=50"]  # RMT on a GPU: as much data in half the updates
 VARIANTS = {SHARP: ("lm2", f"--gate_sharpness={SHARPNESS}", f" + gates x {SHARPNESS}"),  # a run, a flag, and what it adds to the run's name
             "RAG on full attention": ("full", "--rag=10", " + RAG (10 sentences)")}
 
