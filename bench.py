@@ -13,7 +13,6 @@ import random
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +27,7 @@ from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
 from lm2 import LM2Config
-from measure import Table, matmul_peak, nanogpt, peak_memory, read, recompute, scope, soak, time_by_part, timed, training_flops, update
+from measure import Table, matmul_peak, nanogpt, peak_memories, read, recompute, scope, soak, time_by_part, timed, training_flops, update
 
 PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -70,12 +69,6 @@ def rivals(size):
     return {name: LM2Config(VOCAB, **size, **{"mem_slots": T // 4} | kind) for name, kind in kinds.items()}
 
 
-def memory_of(make_job, config, dtype, device, shape):
-    """Peak memory of a job on random tokens, for a process of its own."""
-    model = checkpoint.build(config).to(device).eval()
-    return peak_memory(make_job(model, checkpoint.autocast(dtype, device), torch.randint(VOCAB, shape, device=device)), device)
-
-
 class Bench(Table):
     def __init__(self, config):
         super().__init__(config.repeats)
@@ -96,9 +89,8 @@ class Bench(Table):
 
     def memory(self, make_job, size, shape):
         """{rival: peak memory of a job, in words}"""
-        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # on a CPU a new process for each; CUDA counts what is allocated
-            call = pool.apply if self.kind == "cpu" else lambda function, args: function(*args)
-            return {name: f"{call(memory_of, (make_job, config, self.dtype, self.device, shape)):,.0f} MiB" for name, config in rivals(size).items()}
+        found = peak_memories([(make_job, config, self.dtype, self.device, shape) for config in rivals(size).values()])
+        return {name: f"{mib:,.0f} MiB" for name, mib in zip(rivals(size), found)}
 
     def rate(self, make_job, model, idx):
         """Tokens per second of a job: a function that runs it once."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
+import checkpoint
 from data.tokenizer import atomic_open
 from lm2 import MLP, Attention, MemoryBank, sample
 
@@ -66,6 +68,20 @@ def peak_memory(job, device):
     before = resident()
     job()
     return resident("VmHWM") - before
+
+
+def memory_of(make_job, config, dtype, device, shape):
+    """Peak memory in MiB of a job of a new model on random tokens (shape)."""
+    model = checkpoint.build(config).to(device).eval()
+    return peak_memory(make_job(model, checkpoint.autocast(dtype, device), torch.randint(config.vocab_size, shape, device=device)), device)
+
+
+def peak_memories(jobs):
+    """Of several jobs, the arguments of `memory_of` each."""
+    if any(device.type == "cuda" for *_, device, shape in jobs):
+        return [memory_of(*job) for job in jobs]
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each
+        return pool.starmap(memory_of, jobs, chunksize=1)
 
 
 # --- Jobs to measure

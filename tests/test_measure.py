@@ -1,14 +1,13 @@
 """measure.py: what the figures of bench.py mean. How large they are, is not tested."""
 import re
 import time
-from multiprocessing import get_context
 
 import pytest
 import torch
 
 import bench
 from lm2 import LM2, MLP, LM2Config
-from measure import Table, recompute, soak, time_by_part, training_flops, update
+from measure import Table, peak_memories, recompute, soak, time_by_part, training_flops, update
 
 VOCAB, CPU = 32, torch.device("cpu")
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
@@ -42,8 +41,7 @@ def test_flops_are_six_a_parameter_and_attention():
 
 def test_peak_memory_grows_with_the_job():
     config = LM2Config(bench.VOCAB, memory="none", **SIZE | {"n_embd": 64})
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # this process holds memory that other tests have freed
-        small, large = (pool.apply(bench.memory_of, (update, config, "float32", CPU, (rows, 512))) for rows in (1, 64))
+    small, large = peak_memories([(update, config, "float32", CPU, (rows, 512)) for rows in (1, 64)])
     assert large > 2 * small > 0
 
 
