@@ -89,7 +89,7 @@ class Bench(Table):
 
     def memory(self, make_job, size, shape):
         """{rival: peak memory of a job, in words}"""
-        found = peak_memories([(make_job, config, self.dtype, self.device, shape) for config in rivals(size).values()])
+        found = peak_memories(make_job, rivals(size).values(), self.dtype, self.device, shape)
         return {name: f"{mib:,.0f} MiB" for name, mib in zip(rivals(size), found)}
 
     def rate(self, make_job, model, idx):

@@ -71,16 +71,17 @@ def peak_memory(job, device):
 
 
 def memory_of(make_job, config, dtype, device, shape):
-    """Peak memory in MiB of a job of a new model on random tokens (shape)."""
+    """Peak memory in MiB of a job of a new model, on random tokens of a shape (B, L)."""
     model = checkpoint.build(config).to(device).eval()
     return peak_memory(make_job(model, checkpoint.autocast(dtype, device), torch.randint(config.vocab_size, shape, device=device)), device)
 
 
-def peak_memories(jobs):
-    """Of several jobs, the arguments of `memory_of` each."""
-    if any(device.type == "cuda" for *_, device, shape in jobs):
+def peak_memories(make_job, configs, dtype, device, shape):
+    """`memory_of` for each LM2Config, on a CPU in a new process each."""
+    jobs = [(make_job, config, dtype, device, shape) for config in configs]
+    if device.type == "cuda":
         return [memory_of(*job) for job in jobs]
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.starmap(memory_of, jobs, chunksize=1)
 
 

@@ -41,7 +41,7 @@ def test_flops_are_six_a_parameter_and_attention():
 
 def test_peak_memory_grows_with_the_job():
     config = LM2Config(bench.VOCAB, memory="none", **SIZE | {"n_embd": 64})
-    small, large = peak_memories([(update, config, "float32", CPU, (rows, 512)) for rows in (1, 64)])
+    (small,), (large,) = (peak_memories(update, [config], "float32", CPU, (rows, 512)) for rows in (1, 64))
     assert large > 2 * small > 0
 
 
