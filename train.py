@@ -42,7 +42,7 @@ class TrainConfig(LM2Config):
     tokenizer: str = "char"        # char, bpe or gpt2
     tasks: str = "qa1"             # babilong: the tasks, all in every batch, as in qa1,qa2
     lengths: str = "0k,256,512"    # babilong: the curriculum of lengths in tokens, 0k is the bare story
-    rehearse: float = 0.3          # babilong: share of the updates that go to lengths seen before
+    rehearse: float = 0.3          # babilong: share of the updates that take any of the lengths reached so far
     corpus: str = "shakespeare"    # babilong: the text around the facts, as for dataset
     out_dir: str = ""              # folder of the run, default out/DATASET
     # optimization
@@ -298,7 +298,7 @@ def main():
         if step == config.max_iters:
             break
 
-        loader = loader or batches(corpus, config, step, rank, world, device)
+        loader = batches(corpus, config, step, rank, world, device) if loader is None else loader
         factor = lr_factor(step, config)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * factor
