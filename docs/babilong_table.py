@@ -35,7 +35,7 @@ MODELS = {"LM2": ("lm2", []), "vanilla, window": ("window", ["--memory=none", MA
           "vanilla, full attention": ("full", ["--memory=none", "--attention=full", MATCH])}
 SHARPNESS = {"qa1": 2, "ten": 1.5, "long": 2, "gpu": 2}[TABLE]  # chosen on other stories, see docs/experiments.md
 SHARP = f"LM2, gates x {SHARPNESS}"
-SLOW = ["--batch_size=192", "--max_iters=4000", "--eval_iters=2", "--eval_interval=50"]  # RMT on a GPU: as much data in half the updates
+OTHERWISE = {("gpu", "rmt"): ["--batch_size=192", "--max_iters=4000", "--eval_iters=2", "--eval_interval=50"]}  # as much data, half the updates
 VARIANTS = {SHARP: ("lm2", f"--gate_sharpness={SHARPNESS}", f" + gates x {SHARPNESS}"),  # a run, a flag, and what it adds to the run's name
             "RAG on full attention": ("full", "--rag=10", " + RAG (10 sentences)")}
 
@@ -55,7 +55,7 @@ def train(folder, flags, seed, table=TABLE):
     if not (out_dir / "seconds").exists():
         if table in BEFORE:
             before = train(folder, flags, seed, BEFORE[table])
-            flags = [*flags, f"--init_from={ROOT}/out/{BEFORE[table]}/{folder}-{seed}"] + SLOW * (table == "gpu" and folder == "rmt")
+            flags = [*flags, f"--init_from={ROOT}/out/{BEFORE[table]}/{folder}-{seed}", *OTHERWISE.get((table, folder), [])]
         start, stories = time.time(), seed + (table == "long")  # long: other stories than those of ten
         call("train.py", f"--config={PRESET.format(table)}", f"--out_dir={out_dir}", f"--seed={stories}", "--overwrite", *flags)
         (out_dir / "seconds").write_text(str(before + time.time() - start))
