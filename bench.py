@@ -4,7 +4,7 @@ Speed and memory, side by side:
     python bench.py                                # everything
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
     python bench.py --nanogpt=../nanoGPT           # with nanoGPT, from a clone of its repository, as one more rival
-    python bench.py --profile                      # where the time of an update goes, by part of the block
+    python bench.py --profile                      # where the time goes, by part of the block, and what matmuls alone would need
     python bench.py --soak                         # a million generated tokens: does memory grow, do the logits drift?
 
 Rivals take turns within one run, so that their ratios mean something on a noisy machine; a figure is a median, with its quartiles.
@@ -27,7 +27,7 @@ from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
 from lm2 import LM2Config
-from measure import Table, matmul_peak, nanogpt, peak_memories, read, recompute, scope, soak, time_by_part, timed, training_flops, update
+from measure import Table, matmul_peak, nanogpt, peak_memories, print_parts, read, recompute, scope, soak, timed, training_flops, update
 
 PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -47,7 +47,7 @@ class BenchConfig:
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     csv: str = ""                 # file for the figures
     plot: str = ""                # file for a plot of the figures, as in bench.png
-    profile: bool = False         # instead: the shares of an update's time by part of the block
+    profile: bool = False         # instead: the time of an update and of a generation by part of the block
     soak: bool = False            # instead: a million generated tokens, with memory and drift of the logits on the way
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"           # auto (the faster), float32 or bfloat16
@@ -77,12 +77,15 @@ class Bench(Table):
         self.context, self.peak = checkpoint.autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
+    def model(self, config):
+        return checkpoint.build(config).to(self.device).eval()
+
     def models(self, size, peer=False):
         """{rival: model}, with nanoGPT where it can take part and is wanted."""
-        models = {name: checkpoint.build(config) for name, config in rivals(size).items()}
+        models = {name: self.model(config) for name, config in rivals(size).items()}
         if peer and self.config.nanogpt:
-            models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
-        return {name: model.to(self.device).eval() for name, model in models.items()}
+            models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size)).to(self.device).eval()
+        return models
 
     def random(self, *shape):
         return torch.randint(VOCAB, shape, device=self.device)
@@ -147,25 +150,25 @@ class Bench(Table):
             "training batch, simulation included": lambda: rate(12_000, lambda: training_batch(["qa1", "qa2"], 1000, haystack, tokenizer, 12, 0, 0))})
 
     def profile(self):
-        """Where the time of an update of LM2 goes, 16 segments to a sequence."""
+        """Where the time of an update, 16 segments to a sequence, and of a generation goes."""
         ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
-        for size in SIZES[self.kind]:
-            length = 16 * size["block_size"]
-            idx = self.random(max(1, TOKENS[self.kind] // length), length)
-            job = update(checkpoint.build(rivals(size)["LM2 attend"]).to(self.device), self.context, idx)
 
-            def with_data():
-                with scope("data"):
-                    idx.copy_(get_batch(ids, length, len(idx), 0, 0)[0])
-                job()
-            with_data()
-            seconds = time_by_part(with_data, self.device)
-            print(f"\n| LM2 attend, {size['n_layer']} x {size['n_embd']} | share of an update |\n| --- | ---: |")
-            print("\n".join(f"| {name} | {s / sum(seconds.values()):.0%} |" for name, s in seconds.items()))
+        def with_data(job, idx):
+            with scope("data"):
+                idx.copy_(get_batch(ids, idx.size(1), len(idx), 0, 0)[0])
+            job()
+
+        for size in SIZES[self.kind]:
+            length, configs = 16 * size["block_size"], rivals(size)
+            idx, model = self.random(max(1, TOKENS[self.kind] // length), length), self.model(configs["LM2 attend"])
+            jobs = {name: partial(with_data, update(self.model(configs[name]), self.context, idx), idx)
+                    for name in ("vanilla, window", "RMT", "LM2 attend")}
+            jobs[f"{N_NEW} tokens of LM2"] = lambda: list(model.stream(idx[:1, :1], N_NEW))
+            print_parts(f"ms, {size['n_layer']} x {size['n_embd']}", jobs, self.repeats, self.peak, self.device)
 
     def soak(self):
         """Generate a million tokens, with a model as far from its start as if it were trained."""
-        model = checkpoint.build(rivals(SIZES[self.kind][0])["LM2 attend"]).to(self.device).eval()
+        model = self.model(rivals(SIZES[self.kind][0])["LM2 attend"])
         for p in model.parameters():  # at the start the head is zero and the memory is shut
             p.data += 0.1 * torch.randn_like(p)
         soak(model, 1_000_000)

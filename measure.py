@@ -18,15 +18,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 import checkpoint
+import rmt
 from data.tokenizer import atomic_open
 from lm2 import MLP, Attention, MemoryBank, sample
 
 PARTS = (("queries, keys, values", Attention, "project"), ("attention", Attention, "forward"), ("read", MemoryBank, "keys_values"),
          ("read", MemoryBank, "read"), ("output gate", MemoryBank, "output_gate"), ("write", MemoryBank, "write"),
-         ("gates", MemoryBank, "gates"), ("MLP", MLP, "forward"))  # a part within another counts alone
+         ("gates", MemoryBank, "gates"), ("MLP", MLP, "forward"), ("attention", rmt, "attend"))  # a part within another counts alone
 
 
 def timed(function, device):
@@ -44,6 +46,16 @@ def matmul_peak(dtype, device):
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
     return 2 * n ** 3 / min(timed(lambda: x @ x, device) for _ in range(20))
+
+
+def matmul_flops(job):
+    """Floating point operations of all matmuls of a job, those of attention and of Muon included."""
+    attention = "_scaled_dot_product_flash_attention"
+    for suffix in ("", "_backward"):  # PyTorch's counter does not know this operation by its name on a CPU
+        flop_registry[getattr(torch.ops.aten, f"{attention}_for_cpu{suffix}")] = flop_registry[getattr(torch.ops.aten, attention + suffix)]
+    with FlopCounterMode(display=False) as counter:
+        job()
+    return counter.get_total_flops()
 
 
 def training_flops(model):
@@ -148,7 +160,7 @@ def scope(name):
 
 def time_by_part(job, device):
     """
-    Seconds of a job, an update of LM2, by part of the block, forward and backward: {part: seconds}, the longest first. The profiler's
+    Seconds of a job by part of the block, an update's backward pass included: {part: seconds}, the longest first. The profiler's
     own work is in them, so what counts is their shares.
     """
     def scoped(name, function):
@@ -171,8 +183,8 @@ def time_by_part(job, device):
 
     cuda = device.type == "cuda"
     with ExitStack() as stack:
-        for name, cls, method in PARTS:
-            stack.enter_context(patch.object(cls, method, scoped(name, getattr(cls, method))))
+        for name, owner, function in PARTS:
+            stack.enter_context(patch.object(owner, function, scoped(name, getattr(owner, function))))
         profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda))
         job()
     forward, seconds = {}, Counter()
@@ -182,6 +194,21 @@ def time_by_part(job, device):
     for event in profiler.events():
         seconds[part(event)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
     return dict(seconds.most_common())
+
+
+def print_parts(title, jobs, repeats, peak, device):
+    """
+    A table of where the time of jobs goes, a column each: their median time (they take turns, after a warm-up), spread over the parts
+    as the profiler finds it, and what their matmuls would take at the hardware's peak: the floor.
+    """
+    laps, columns = [[timed(job, device) for job in jobs.values()] for _ in range(repeats + 1)], []
+    for job, total in zip(jobs.values(), np.median(laps[1:], axis=0)):
+        parts = time_by_part(job, device)
+        columns.append({name: seconds / sum(parts.values()) * total for name, seconds in parts.items()})
+        columns[-1] |= {"all of it": total, "its matmuls at the matmul peak": matmul_flops(job) / peak}
+    print(f"\n| {title} | {' | '.join(jobs)} |\n| --- |{' ---: |' * len(jobs)}")
+    for name in max(columns, key=len):
+        print(f"| {name} | {' | '.join(f'{1000 * column.get(name, 0):,.1f}' for column in columns)} |", flush=True)
 
 
 @torch.no_grad()

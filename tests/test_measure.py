@@ -7,7 +7,7 @@ import torch
 
 import bench
 from lm2 import LM2, MLP, LM2Config
-from measure import Table, peak_memories, recompute, soak, time_by_part, training_flops, update
+from measure import Table, matmul_flops, peak_memories, recompute, soak, time_by_part, training_flops, update
 
 VOCAB, CPU = 32, torch.device("cpu")
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
@@ -52,6 +52,18 @@ def test_recomputing_generates_what_the_cache_does():
     cached = list(vanilla.stream(prompt, 16))
     torch.manual_seed(0)
     assert list(recompute(vanilla, prompt, 16)) == cached
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_matmul_flops_of_a_matrix_product_and_of_attention(backward):
+    x = torch.randn(2, 3, 8, 4, requires_grad=backward)  # batch, heads, tokens, width
+
+    def job():
+        y = torch.nn.functional.scaled_dot_product_attention(x, x, x) @ x.mT
+        if backward:
+            y.sum().backward()
+    attention, product = 2 * (2 * 2 * 3 * 8 * 8 * 4), 2 * 2 * 3 * 8 * 8 * 4
+    assert matmul_flops(job) == (attention * 3.5 + product * 3 if backward else attention + product)  # attention computes its scores again
 
 
 def test_time_goes_to_the_part_that_spends_it(monkeypatch):
