@@ -366,7 +366,7 @@ class LM2(nn.Module):
         loss = None if targets is None else F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss, state
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """
         Continue idx (B, L), L >= 1, yielding the next token of each row (B,), each at a cost of O(T + N) with attention="window".

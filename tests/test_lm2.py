@@ -87,6 +87,13 @@ def test_streaming_in_random_chunks_equals_the_whole(kwargs):
         assert state.pos == idx.size(1)
 
 
+def test_what_is_generated_can_be_trained_on():
+    model = make_model()
+    idx = model.generate(torch.zeros(1, 1, dtype=torch.long), T)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+    assert model.blocks[0].attention.wqkv.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("kwargs", MODELS, ids=str)
 @torch.no_grad()
 def test_cached_generate_equals_recomputing(kwargs):
