@@ -78,7 +78,11 @@ class Bench(Table):
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
     def model(self, config):
-        return checkpoint.build(config).to(self.device).eval()
+        """A model as far from its start as if it were trained: at the start the head is zero and the memory is shut, which leaves denormals."""
+        model = checkpoint.build(config).to(self.device).eval()
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        return model
 
     def models(self, size, peer=False):
         """{rival: model}, with nanoGPT where it can take part and is wanted."""
@@ -164,14 +168,15 @@ class Bench(Table):
             jobs = {name: partial(with_data, update(self.model(configs[name]), self.context, idx), idx)
                     for name in ("vanilla, window", "RMT", "LM2 attend")}
             jobs[f"{N_NEW} tokens of LM2"] = lambda: list(model.stream(idx[:1, :1], N_NEW))
+            if self.config.nanogpt:  # as many tokens, one segment at a time
+                peer = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size)).to(self.device)
+                short = self.random(idx.numel() // size["block_size"], size["block_size"])
+                jobs["nanoGPT"] = partial(with_data, update(peer, self.context, short), short)
             print_parts(f"ms, {size['n_layer']} x {size['n_embd']}", jobs, self.repeats, self.peak, self.device)
 
     def soak(self):
-        """Generate a million tokens, with a model as far from its start as if it were trained."""
-        model = self.model(rivals(SIZES[self.kind][0])["LM2 attend"])
-        for p in model.parameters():  # at the start the head is zero and the memory is shut
-            p.data += 0.1 * torch.randn_like(p)
-        soak(model, 1_000_000)
+        """Generate a million tokens."""
+        soak(self.model(rivals(SIZES[self.kind][0])["LM2 attend"]), 1_000_000)
 
 
 def main():

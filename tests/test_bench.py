@@ -90,6 +90,8 @@ def test_nanogpt_takes_part_within_its_context(small, monkeypatch, tmp_path, cap
     assert [row[0] for row in small.rows if row[1] == "nanoGPT"] == [
         "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, after 64 tokens", "generation, 2 x 16, after 1024 tokens"]
     assert all(row[3] > 0 for row in small.rows) and "number of" not in capsys.readouterr().out
+    small.profile()
+    assert "| 4 tokens of LM2 | nanoGPT |" in capsys.readouterr().out
 
 
 def test_profile_names_the_parts_of_the_block_and_the_floor(small, capsys):
