@@ -1,6 +1,5 @@
 """bench.py: what it measures and prints. How fast it is, is not tested."""
 import csv
-import re
 from unittest.mock import patch
 
 import pytest
