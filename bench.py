@@ -27,7 +27,8 @@ from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
 from lm2 import LM2Config
-from measure import Table, matmul_peak, nanogpt, peak_memories, print_parts, read, recompute, scope, soak, timed, training_flops, update
+from measure import (Table, as_if_trained, matmul_peak, nanogpt, peak_memories, print_parts, read, recompute, scope, soak, timed,
+                     training_flops, update)
 
 PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -77,16 +78,9 @@ class Bench(Table):
         self.context, self.peak = checkpoint.autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
-    def model(self, config):
-        """A model as far from its start as if it were trained: at the start the head is zero and the memory is shut, which leaves denormals."""
-        model = checkpoint.build(config).to(self.device).eval()
-        for p in model.parameters():
-            p.data += 0.1 * torch.randn_like(p)
-        return model
-
     def models(self, size, peer=False):
         """{rival: model}, with nanoGPT where it can take part and is wanted."""
-        models = {name: self.model(config) for name, config in rivals(size).items()}
+        models = {name: as_if_trained(config, self.device) for name, config in rivals(size).items()}
         if peer and self.config.nanogpt:
             models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size)).to(self.device).eval()
         return models
@@ -163,20 +157,19 @@ class Bench(Table):
             job()
 
         for size in SIZES[self.kind]:
-            length, configs = 16 * size["block_size"], rivals(size)
-            idx, model = self.random(max(1, TOKENS[self.kind] // length), length), self.model(configs["LM2 attend"])
-            jobs = {name: partial(with_data, update(self.model(configs[name]), self.context, idx), idx)
-                    for name in ("vanilla, window", "RMT", "LM2 attend")}
-            jobs[f"{N_NEW} tokens of LM2"] = lambda: list(model.stream(idx[:1, :1], N_NEW))
-            if self.config.nanogpt:  # as many tokens, one segment at a time
-                peer = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size)).to(self.device)
-                short = self.random(idx.numel() // size["block_size"], size["block_size"])
-                jobs["nanoGPT"] = partial(with_data, update(peer, self.context, short), short)
+            length, models = 16 * size["block_size"], self.models(size, peer=True)
+            idx = self.random(max(1, TOKENS[self.kind] // length), length)
+            jobs = {name: partial(with_data, update(models[name], self.context, idx), idx) for name in ("vanilla, window", "RMT", "LM2 attend")}
+            generator = as_if_trained(rivals(size)["LM2 attend"], self.device)
+            jobs[f"{N_NEW} tokens of LM2"] = lambda: list(generator.stream(idx[:1, :1], N_NEW))
+            if "nanoGPT" in models:  # as many tokens, one segment at a time
+                segments = idx.view(-1, size["block_size"])
+                jobs["nanoGPT"] = partial(with_data, update(models["nanoGPT"], self.context, segments), segments)
             print_parts(f"ms, {size['n_layer']} x {size['n_embd']}", jobs, self.repeats, self.peak, self.device)
 
     def soak(self):
         """Generate a million tokens."""
-        soak(self.model(rivals(SIZES[self.kind][0])["LM2 attend"]), 1_000_000)
+        soak(as_if_trained(rivals(SIZES[self.kind][0])["LM2 attend"], self.device), 1_000_000)
 
 
 def main():
