@@ -369,7 +369,7 @@ class LM2(nn.Module):
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """
-        Continue idx (B, L), L >= 1, yielding the next token of each row (B,), each at a cost of O(T + N) with attention="window".
+        Continue idx (B, L), L >= 1, yielding the next token of each row (B,), an inference tensor, at O(T + N) with attention="window".
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that together reach probability p.
         """
         chunk, state = 16 * self.config.block_size, None  # a long prompt is read piece by piece
