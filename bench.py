@@ -18,17 +18,30 @@ from statistics import median
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-import checkpoint
-from configurator import parse, user_errors
-from data.babilong import Haystack, encode_line, simulate
+from data.babi import simulate
+from data.babilong import Haystack, encode_line
 from data.curriculum import tokenizer_text, training_batch
 from data.text import get_batch, read_text
 from data.tokenizer import build
+from lib.config import parse, user_errors
+from lib.device import autocast, pick_device, pick_dtype
+from lib.measure import (
+    Table,
+    as_if_trained,
+    matmul_peak,
+    nanogpt,
+    peak_memories,
+    print_parts,
+    read,
+    recompute,
+    scope,
+    soak,
+    timed,
+    training_flops,
+    update,
+)
 from lm2 import LM2Config
-from measure import (Table, as_if_trained, matmul_peak, nanogpt, peak_memories, print_parts, read, recompute, scope, soak, timed,
-                     training_flops, update)
 
 PARTS = ("training", "generation", "reading", "data")
 SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -73,9 +86,9 @@ def rivals(size):
 class Bench(Table):
     def __init__(self, config):
         super().__init__(config.repeats)
-        self.config, self.device = config, checkpoint.pick_device(config.device)
-        self.dtype = checkpoint.pick_dtype(config.dtype, self.device)
-        self.context, self.peak = checkpoint.autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
+        self.config, self.device = config, pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device)
+        self.context, self.peak = autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
         self.kind = "cuda" if self.device.type == "cuda" else "cpu"
 
     def models(self, size, peer=False):

@@ -22,21 +22,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from configurator import parse, user_errors
-from data.babilong import (LABELS, TASKS, Haystack, Line, encode_line, evaluation_sample, find_file, is_correct, parse_length, read_babi,
-                           read_babilong, samples, simulate, split_sentences)
+from data.babi import LABELS, TASKS, Line, read_babi, simulate
+from data.babilong import (
+    Haystack,
+    encode_line,
+    evaluation_sample,
+    find_file,
+    is_correct,
+    parse_length,
+    read_babilong,
+    samples,
+    split_sentences,
+)
 from data.curriculum import parse_tasks
+from data.files import atomic_open, write_json
 from data.text import read_text, split
-from data.tokenizer import atomic_open, write_json
+from lib import checkpoint
+from lib.config import parse, user_errors
+from lib.device import autocast, pick_device, pick_dtype
 
-PAPER = Path(__file__).parent / "docs" / "paper_table.csv"  # Table 1 of the LM2 paper, arXiv 2502.06049
+PAPER = Path(__file__).parent / "data" / "paper_babilong.csv"  # Table 1 of the LM2 paper, arXiv 2502.06049
 ANSWER_TOKENS = 24  # the longest answer, three objects and a full stop, even if every letter were a token
 
 
@@ -257,8 +269,8 @@ def main():
     tasks, lengths, out_dir = config.tasks.split(","), config.lengths.split(","), Path(config.out_dir)
     source = config.babi_dir or config.babilong_dir or "simulated"
     with user_errors():
-        device = checkpoint.pick_device(config.device)
-        context = checkpoint.autocast(checkpoint.pick_dtype(config.dtype, device), device)
+        device = pick_device(config.device)
+        context = autocast(pick_dtype(config.dtype, device), device)
         results = load_results(out_dir / "results.json", config, source)
         runs = {}
         for run in config.runs:

@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from muon import Muon
+from lib.optim import Muon
 
 linear = partial(nn.Linear, bias=False)
 

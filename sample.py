@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from configurator import parse, user_errors
 from data.tokenizer import prompt_ids
+from lib import checkpoint
+from lib.config import parse, user_errors
+from lib.device import autocast, pick_device, pick_dtype
 
 
 @dataclass
@@ -51,8 +52,8 @@ def read_prompt(start):
 def main():
     config, _ = parse(SampleConfig, __doc__)
     with user_errors():
-        device = checkpoint.pick_device(config.device)
-        context = checkpoint.autocast(checkpoint.pick_dtype(config.dtype, device), device)
+        device = pick_device(config.device)
+        context = autocast(pick_dtype(config.dtype, device), device)
         model, tokenizer, _ = checkpoint.load(config.out_dir, device)
         start = read_prompt(config.start)
         prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)

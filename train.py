@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
@@ -26,11 +27,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import checkpoint
-from configurator import parse, user_errors
 from data import curriculum, text
+from data.files import atomic_open, write_json
 from data.loader import batches
-from data.tokenizer import atomic_open, write_json
+from lib import checkpoint
+from lib.config import parse, user_errors
+from lib.device import autocast, pick_device, pick_dtype
 from lm2 import LM2Config
 
 
@@ -157,13 +159,13 @@ def matched_mlp_ratio(config):
         raise ValueError(f"match_params={config.match_params} is not the folder of a run: there is no {path}")
     wanted = json.loads(path.read_text())["parameters"]
     with torch.device("meta"):
-        model = checkpoint.build(model_config(config))
+        model = checkpoint.make_model(model_config(config))
         hidden = model.blocks[0].mlp.w_up.out_features
         more = wanted - sum(p.numel() for p in model.parameters())
     hidden += 8 * round(more / (3 * config.n_embd * config.n_layer) / 8)  # the MLPs' hidden width is a multiple of 8
     ratio = (hidden - 4) / config.n_embd                                    # and rounded up to it
     with torch.device("meta"):
-        found = sum(p.numel() for p in checkpoint.build(model_config(replace(config, mlp_ratio=ratio))).parameters())
+        found = sum(p.numel() for p in checkpoint.make_model(model_config(replace(config, mlp_ratio=ratio))).parameters())
     if abs(found - wanted) > 0.02 * wanted:
         raise ValueError(f"match_params={config.match_params} has {wanted:,} parameters, the nearest here is {found:,}: change n_embd or n_layer")
     return ratio
@@ -200,14 +202,14 @@ def setup():
             config = resumed(config, given)
         elif (Path(config.out_dir) / "ckpt.pt").exists() and not config.overwrite:
             raise ValueError(f"there is a run in {config.out_dir}: --resume goes on with it, --overwrite replaces it, --out_dir goes elsewhere")
-        device = checkpoint.pick_device(config.device)
+        device = pick_device(config.device)
         if world > 1:
             if device.type == "cuda":
                 device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(device)
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         # rank 0 finds out and prepares, then the others take over what it found
-        dtype = [checkpoint.pick_dtype(config.dtype, device)]
+        dtype = [pick_dtype(config.dtype, device)]
         corpus = prepare(config) if rank == 0 else None
         if world > 1:
             dist.broadcast_object_list(dtype, device=device)
@@ -227,9 +229,9 @@ def setup():
 def main():
     config, corpus, device, rank, world = setup()
     out_dir, master = Path(config.out_dir), rank == 0
-    context = checkpoint.autocast(config.dtype, device)
+    context = autocast(config.dtype, device)
     torch.manual_seed(config.seed)
-    raw_model = checkpoint.build(model_config(config)).to(device)
+    raw_model = checkpoint.make_model(model_config(config)).to(device)
     optimizers = raw_model.configure_optimizers(config.learning_rate, config.adam_lr, config.weight_decay, device.type, config.momentum)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     step, best, loader = 0, math.inf, None

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from data import tokenizer as tokenizers
-from data.babilong import TASKS, Haystack, encode_line, evaluation_sample, join, parse_length, samples, simulate
+from data.babi import TASKS, simulate
+from data.babilong import Haystack, encode_line, evaluation_sample, join, parse_length, samples
 from data.text import read_text, split
 
 RECALL = 0.7   # share of the batches whose stories ask at their end

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import tokenizer as tokenizers
-from data.tokenizer import atomic_open, write_json
+from data.files import atomic_open, write_json
 
 DATA_DIR = Path(__file__).parent
 TIMEOUT = 10  # seconds a source may stay silent

@@ -8,35 +8,8 @@ Text to token ids and back, three ways behind one interface:
 A tokenizer has `kind`, `n_vocab`, `encode(text) -> list[int]`, `decode_bytes(ids) -> bytes` (UTF-8, maybe cut inside a
 character), `decode(ids) -> str` and `to_json() -> dict`, which `from_json` reads.
 """
-import json
-import os
-from contextlib import contextmanager
-from pathlib import Path
-
 import rustbpe
 import tiktoken
-
-
-@contextmanager
-def atomic_open(path, mode="wb", **kwargs):
-    """Open a file that appears under its name only when it is whole: written aside, synced, renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, mode, **kwargs) as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write a value as JSON, whole or not at all."""
-    with atomic_open(path, "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
 
 
 class CharTokenizer:

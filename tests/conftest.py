@@ -19,7 +19,7 @@ class Checkout:
 
     def __init__(self, folder):
         self.folder = folder
-        for source in (*REPO.glob("*.py"), *REPO.glob("data/*.py"), *REPO.glob("config/*.toml"), *REPO.glob("docs/*.csv")):
+        for source in (*REPO.glob("*.py"), *REPO.glob("data/*.py"), *REPO.glob("config/*.toml"), *REPO.glob("data/*.csv"), *REPO.glob("lib/*.py"), *REPO.glob("baselines/*.py")):
             target = folder / source.relative_to(REPO)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)

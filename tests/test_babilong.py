@@ -16,8 +16,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.babilong import (HANDLING, LABELS, TASKS, Haystack, Line, Sample, encode_line, evaluation_sample, find_file, format_story, is_correct,
-                           parse_length, read_babi, read_babilong, samples, simulate, split_sentences)
+from data.babi import HANDLING, LABELS, TASKS, Line, format_story, read_babi, simulate
+from data.babilong import (
+    Haystack,
+    Sample,
+    encode_line,
+    evaluation_sample,
+    find_file,
+    is_correct,
+    parse_length,
+    read_babilong,
+    samples,
+    split_sentences,
+)
 from data.curriculum import training_batch
 from data.tokenizer import CharTokenizer, train_bpe
 
@@ -300,9 +311,9 @@ def test_stories_are_a_function_of_the_seed_and_do_not_repeat():
 
 
 def test_command_prints_a_story(checkout):
-    code, out, err = checkout.run("-m", "data.babilong", "--task=qa3", "--seed=1")
+    code, out, err = checkout.run("-m", "data.babi", "--task=qa3", "--seed=1")
     assert code == 0 and out == format_story(simulate("qa3", random.Random(1))), err
-    code, _, err = checkout.run("-m", "data.babilong", "--task=qa0")
+    code, _, err = checkout.run("-m", "data.babi", "--task=qa0")
     assert code == 2 and err == f"error: task=qa0 is not known: use one of {', '.join(TASKS)}\n"
 
 

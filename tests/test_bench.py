@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bench
-import measure
 from bench import Bench, BenchConfig, rivals
+from lib import measure
 from lm2 import LM2Config
 
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)

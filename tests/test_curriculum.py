@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import SMALL, TEXT
 
-import checkpoint
+from baselines.rmt import RMT
 from data import tokenizer as tokenizers
 from data.babilong import Haystack
 from data.curriculum import Stories, answers, tokenizer_text
 from data.text import split
+from lib import checkpoint
 from lm2 import LM2
-from rmt import RMT
 
 CONFIG = SimpleNamespace(batch_size=4, n_segments=2, block_size=64, seed=1, eval_iters=2, max_iters=100, advance_at=0.9, rehearse=0.3)
 BABILONG = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1,qa6", "--lengths=0k,256"]

@@ -12,10 +12,22 @@ from conftest import SMALL, TEXT
 
 import eval_babilong
 from data import tokenizer as tokenizers
-from data.babilong import Haystack, Sample, encode_text, evaluation_sample, format_story, simulate
+from data.babi import format_story, simulate
+from data.babilong import Haystack, Sample, evaluation_sample
 from data.curriculum import tokenizer_text
 from data.text import split
-from eval_babilong import EvalConfig, average, bm25, describe, evaluate, questions, retrieve, rows_by_length, sharpen_gates, write_answers
+from eval_babilong import (
+    EvalConfig,
+    average,
+    bm25,
+    describe,
+    evaluate,
+    questions,
+    retrieve,
+    rows_by_length,
+    sharpen_gates,
+    write_answers,
+)
 from lm2 import LM2, LM2Config
 
 TOKENIZER = tokenizers.build("char", tokenizer_text(TEXT), 0)

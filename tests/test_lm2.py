@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
+from lib import checkpoint
 from lm2 import LM2, LM2Config, MemoryBank, attend, rope_angles, sample, window_attention
 
 T = 8
@@ -18,7 +18,7 @@ RMTS = [dict(memory="rmt"), dict(memory="rmt", n_kv_head=1), dict(memory="rmt", 
 def make_model(seed=0, **kwargs):
     """A small model with every parameter drawn at random, so that nothing is zero by chance of initialisation."""
     torch.manual_seed(seed)
-    model = checkpoint.build(LM2Config(**dict(vocab_size=13, block_size=T, n_layer=3, n_head=2, n_embd=16, mem_slots=4) | kwargs))
+    model = checkpoint.make_model(LM2Config(**dict(vocab_size=13, block_size=T, n_layer=3, n_head=2, n_embd=16, mem_slots=4) | kwargs))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.4)
     return model.eval()

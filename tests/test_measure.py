@@ -6,8 +6,17 @@ import pytest
 import torch
 
 import bench
+from lib.measure import (
+    Table,
+    matmul_flops,
+    peak_memories,
+    recompute,
+    soak,
+    time_by_part,
+    training_flops,
+    update,
+)
 from lm2 import LM2, MLP, LM2Config
-from measure import Table, matmul_flops, peak_memories, recompute, soak, time_by_part, training_flops, update
 
 VOCAB, CPU = 32, torch.device("cpu")
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)

@@ -5,11 +5,11 @@ from functools import partial
 import pytest
 import test_lm2
 import torch
+from test_lm2 import RMTS, T, random_sizes, read_in_chunks
 from torch.nn import functional as F
 
+from baselines.rmt import RMT
 from lm2 import LM2Config, rope_angles
-from rmt import RMT
-from test_lm2 import RMTS, T, random_sizes, read_in_chunks
 
 make_model = partial(test_lm2.make_model, memory="rmt")
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-import checkpoint
+from lib import checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,8 @@ import random
 import pytest
 import tiktoken
 
-from data.tokenizer import GPT2Tokenizer, atomic_open, build, from_json, prompt_ids
+from data.files import atomic_open
+from data.tokenizer import GPT2Tokenizer, build, from_json, prompt_ids
 
 CORPUS = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n" * 20
 ODD = ["", " ", "\n\n \t\r\n", "naïve café", "日本語と한국어", "🙂👩‍👩‍👧‍👦", "e\u0301", "\x00\x7f\u2028", "<|endoftext|>", "a" * 300, "مرحبا", "\U0010ffff"]

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-
 from conftest import SMALL
+
 from train import TrainConfig, lr_factor
 
 FILES = {"ckpt.pt", "best.pt", "config.json", "tokenizer.json", "log.csv", "loss.png"}

@@ -5,19 +5,20 @@ All of it loads as tensors or JSON: opening somebody's checkpoint runs no code.
 """
 import json
 import os
-import time
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from data.tokenizer import atomic_open, from_json
+from baselines.rmt import RMT
+from data.files import atomic_open
+from data.tokenizer import from_json
+from lib.device import pick_device
 from lm2 import LM2, LM2Config
-from rmt import RMT
 
 
-def build(config):
+def make_model(config):
     """A new model from an LM2Config."""
     return RMT(config) if config.memory == "rmt" else LM2(config)
 
@@ -48,7 +49,7 @@ def load(out_dir, device="auto"):
     try:
         config = json.loads((out_dir / "config.json").read_text())
         tokenizer = from_json(json.loads((out_dir / "tokenizer.json").read_text()))
-        model = build(LM2Config(**ckpt["model_config"]))
+        model = make_model(LM2Config(**ckpt["model_config"]))
         model.load_state_dict(ckpt["model"])
     except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
         raise ValueError(f"the run in {out_dir} is incomplete or damaged ({str(e).partition(chr(10))[0]}): copy the whole folder again") from None
@@ -64,44 +65,3 @@ def make_folder(out_dir):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     if not (Path(out_dir).is_dir() and os.access(out_dir, os.W_OK)):
         raise ValueError(f"out_dir={out_dir} is not a folder that can be written to: use another --out_dir")
-
-
-def pick_device(name):
-    """auto: cuda, mps or cpu, the first there is. Raises ValueError on a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device={name} is not there: use auto, cpu, cuda, cuda:N or mps") from None
-
-
-def pick_dtype(name, device):
-    """
-    auto: bfloat16 where it is faster than float32, else float32 -> "bfloat16" or "float32". A CPU is timed: bfloat16 matmuls run
-    several times faster with AMX, yet at half the speed with AVX512_BF16 alone, and no flag tells the whole story.
-    """
-    if name not in ("auto", "float32", "bfloat16"):
-        raise ValueError(f"dtype={name} is not known: use auto, float32 or bfloat16")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    if device.type == "mps":
-        return "float32"
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        laps = []
-        for _ in range(12):
-            start = time.perf_counter()
-            x @ x
-            laps.append(time.perf_counter() - start)
-        seconds[dtype] = min(laps)
-    return "bfloat16" if seconds[torch.float32] > 1.5 * seconds[torch.bfloat16] else "float32"
-
-
-def autocast(dtype, device):
-    """The context a model runs in: bfloat16 autocast, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()

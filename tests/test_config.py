@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from configurator import parse
+from lib.config import parse
 
 
 @dataclass

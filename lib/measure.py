@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import matplotlib
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
-import checkpoint
-import rmt
-from data.tokenizer import atomic_open
+from baselines import rmt
+from data.files import atomic_open
+from lib import checkpoint
+from lib.device import autocast
 from lm2 import MLP, Attention, MemoryBank, sample
 
 PARTS = (("queries, keys, values", Attention, "project"), ("attention", Attention, "forward"), ("read", MemoryBank, "keys_values"),
@@ -87,7 +89,7 @@ def as_if_trained(config, device):
     A new model of an LM2Config, as far from its start as if it were trained. At the start its head is zero and its memory is shut: a bank
     that nothing enters falls to denormal numbers, which a CPU multiplies at a fraction of its speed.
     """
-    model = checkpoint.build(config).to(device).eval()
+    model = checkpoint.make_model(config).to(device).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -96,7 +98,7 @@ def as_if_trained(config, device):
 def memory_of(make_job, config, dtype, device, shape):
     """Peak memory in MiB of a job of a new model, on random tokens of a shape (B, L)."""
     model = as_if_trained(config, device)
-    return peak_memory(make_job(model, checkpoint.autocast(dtype, device), torch.randint(config.vocab_size, shape, device=device)), device)
+    return peak_memory(make_job(model, autocast(dtype, device), torch.randint(config.vocab_size, shape, device=device)), device)
 
 
 def peak_memories(make_job, configs, dtype, device, shape):

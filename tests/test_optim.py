@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonalize
+from lib.optim import Muon, orthogonalize
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

@@ -1,0 +1,1 @@
+"""What LM2 is compared with: another recurrent memory, and retrieval."""
