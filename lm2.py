@@ -2,13 +2,15 @@
 LM2, the Large Memory Model (Kang et al. 2025, arXiv 2502.06049), in one file.
 
 Notable features:
-- a Llama-style decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases, untied head
-- every block owns a memory bank: N slots that tokens read by cross-attention and that gates update once a segment
-- layer-parallel: a block sees all segments of a sequence at once, only the N slots recur from segment to segment
-- attention slides over the last `block_size` tokens: what lies further back must come through the memory
-- a streaming state: any number of tokens at a time, in constant memory, with the same logits as all at once
+- a Llama-style decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases
+- every block owns a memory bank: N slots that tokens read and that gates update once a segment
+- attention slides over the last T tokens: what lies further back must come through the memory
+- layer-parallel: a block sees all segments of a sequence at once, only its N slots recur
+- a streaming state: tokens in any chunks, in constant memory, give the logits of the whole
+- one function: with dropout 0, training and evaluation compute the same logits
 
-Shapes: B batch, L tokens of one call, T = block_size, S segments, N = mem_slots, D = n_embd, nh heads, hs = D / nh.
+Shapes: B batch, L tokens of one call, T = block_size (a segment), S segments, N = mem_slots,
+D = n_embd, nh = n_head, nkv = kv_heads, hs = D / nh. "Eq." numbers are the paper's.
 """
 import math
 from dataclasses import dataclass
@@ -19,65 +21,98 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from lib.optim import Muon
-
 linear = partial(nn.Linear, bias=False)
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 @dataclass
 class LM2Config:
+    # model
     vocab_size: int              # number of token ids
     block_size: int = 64         # T: tokens in a segment, and in the sliding attention window
     n_layer: int = 4             # blocks
-    n_head: int = 4              # attention heads
+    n_head: int = 4              # attention heads, of the memory's read as well
     n_kv_head: int = 0           # heads of keys and values (grouped-query attention), 0: n_head
     n_embd: int = 128            # D: width
     mlp_ratio: float = 8 / 3     # hidden width of the SwiGLU over n_embd
-    dropout: float = 0.0         # on the embedding and on what each block adds to the residual stream
+    dropout: float = 0.0         # on the embedding and on what each block adds to the residual
     qk_norm: bool = True         # RMSNorm on queries and keys
+    norm_eps: float = 1e-5       # added to the mean square in every RMSNorm
     rope_theta: float = 10000.0  # base of the rotary angles
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
-    memory: str = "lm2"          # lm2: a memory bank in each block; rmt: memory tokens, see rmt.py; none: the vanilla decoder
-    mem_slots: int = 16          # N: slots in a bank, or memory tokens
-    mem_heads: int = 0           # heads of the memory's read, 0: n_head
-    mem_layers: int = -1         # blocks with memory, counted from the first, -1: all
+    # memory
+    memory: str = "lm2"          # lm2: a bank in each block; rmt: memory tokens; none: the decoder
+    mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
+    mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
-    mem_write: str = "attend"    # attend: slots attend to the segment; aligned: slot i takes position i, as in the paper
-    window_dropout: float = 0.0  # lm2: share of training batches whose window ends at the segment's border, so that memory is needed
+    mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
+    window_dropout: float = 0.0  # share of training batches whose attention stays in the segment
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head or self.n_head
+
+    @property
+    def memory_layers(self):  # blocks that have a bank
+        layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
+        return layers if self.memory == "lm2" else 0
 
     def __post_init__(self):
-        """Fills in the zeros; raises ValueError, one line that says what to change, for what cannot work."""
-        self.n_kv_head, self.mem_heads = self.n_kv_head or self.n_head, self.mem_heads or self.n_head
-        self.mem_layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "mlp_ratio", "mem_slots", "mem_heads"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "rmt", "none")), ("mem_write", ("attend", "aligned"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)} is not known: use {' or '.join(known)}")
-        for name, total in (("n_head", "n_embd"), ("n_kv_head", "n_head"), ("mem_heads", "n_embd")):
-            if getattr(self, total) % getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)} must divide {total}={getattr(self, total)}")
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd/n_head={self.n_embd // self.n_head} must be even for rotary positions")
-        if not (0 <= self.dropout < 1 and 0 <= self.window_dropout < 1):
-            raise ValueError(f"dropout={self.dropout} and window_dropout={self.window_dropout} must be at least 0 and below 1")
+        """Raises ValueError, one line that says what to change, for what cannot work."""
+        value = vars(self)
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio",
+                     "norm_eps", "rope_theta", "mem_slots"):
+            require(0 < value[name] < math.inf, f"{name}={value[name]} must be above 0")
+        for name in ("dropout", "window_dropout"):
+            require(0 <= value[name] < 1, f"{name}={value[name]} must be from 0 to below 1")
+        for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "rmt", "none")),
+                            ("mem_write", ("attend", "aligned"))):
+            require(value[name] in known,
+                    f"{name}={value[name]} is not known: use {' or '.join(known)}")
+        for name, whole in (("n_head", "n_embd"), ("n_kv_head", "n_head")):
+            require(value[name] >= 0 and value[whole] % (value[name] or 1) == 0,
+                    f"{name}={value[name]} must divide {whole}={value[whole]}")
+        require(self.head_dim % 2 == 0,
+                f"n_embd/n_head={self.head_dim} must be even for rotary positions")
         if self.memory != "lm2":
             return
-        if self.mem_write == "aligned" and self.mem_slots != self.block_size:
-            raise ValueError(f"mem_write=aligned needs mem_slots={self.mem_slots} to equal block_size={self.block_size}")
-        for name, total in (("mem_slots", "n_embd"), ("mem_layers", "n_layer"), ("mem_topk", "mem_slots")):
-            if not 0 <= getattr(self, name) <= getattr(self, total):
-                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and {total}={getattr(self, total)}")
+        require(self.mem_write == "attend" or self.mem_slots == self.block_size,
+                f"mem_write=aligned needs mem_slots={self.mem_slots} to equal "
+                f"block_size={self.block_size}")
+        for name, lowest, most in (("mem_slots", 1, "n_embd"), ("mem_layers", -1, "n_layer"),
+                                   ("mem_topk", 0, "mem_slots")):
+            require(lowest <= value[name] <= value[most],
+                    f"{name}={value[name]} must be from {lowest} to {most}={value[most]}")
+
+
+class Tokens(NamedTuple):
+    """What the memory may write from: tokens as their block sees them."""
+    h: torch.Tensor       # (B, n, D) the block's normed inputs
+    keys: torch.Tensor    # (B, n, nkv, hs) of self-attention, not turned to their positions
+    values: torch.Tensor  # (B, n, nkv, hs)
+
+
+class BankState(NamedTuple):
+    """The memory of one block."""
+    M: torch.Tensor       # (B, N, D) the bank after the last whole segment, float32
+    keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero before the first segment
+    values: torch.Tensor  # (B, N, nh, hs)
+    unwritten: Tokens     # the pos % T tokens of the segment that is not whole yet
 
 
 class LayerState(NamedTuple):
-    """What a block remembers. With attention="window" its size does not depend on the number of tokens seen."""
-    k: torch.Tensor         # (B, P, n_kv_head, hs) keys of the last P = min(pos, T - 1) tokens, of all with attention="full"
-    v: torch.Tensor         # (B, P, n_kv_head, hs) their values
-    M: torch.Tensor | None  # (B, N, D) the bank after the last whole segment, float32; None without memory
-    kv: tuple | None        # its keys and values (B, N, mem_heads, hs), None until a token reads it
-    unwritten: list[torch.Tensor]  # (B, pos % T, ...) each: of the unfinished segment, what is written from when it ends
+    """What a block remembers. With attention="window" its size does not grow with the text."""
+    keys: torch.Tensor    # (B, P, nkv, hs) of the last P = min(pos, T - 1) tokens, turned to their
+    values: torch.Tensor  # (B, P, nkv, hs)  positions; with attention="full" of all tokens
+    bank: BankState | None  # None in a block without memory
 
 
 class State(NamedTuple):
@@ -86,59 +121,81 @@ class State(NamedTuple):
 
 
 def wide(x):
-    """Out of bfloat16, which is too coarse for norms, angles, a loss, and a bank that gates update thousands of times."""
-    return x.float() if x.dtype == torch.bfloat16 else x
+    """Out of half precision: too coarse for norms, angles, a loss, and a bank updated for long."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def rope_angles(pos, length, head_dim, theta, device):
-    """cos and signed sin (length, 1, head_dim) of the rotary angles from position pos on, in float64: exact at any position."""
+    """Rotary angles of the positions from pos on: cos and signed sin, (length, 1, head_dim) each.
+    They are computed in float64, so that they are exact at any position."""
     where = "cpu" if device.type == "mps" else device  # mps has no float64
-    freq = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=where) / head_dim)
-    angles = torch.arange(pos, pos + length, dtype=torch.float64, device=where)[:, None, None] * freq
-    return [torch.cat(pair, dim=-1).float().to(device) for pair in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))]
+    arange = partial(torch.arange, dtype=torch.float64, device=where)
+    frequencies = theta ** (-arange(0, head_dim, 2) / head_dim)
+    angles = arange(pos, pos + length)[:, None, None] * frequencies     # (length, 1, head_dim / 2)
+    cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+    sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return cos.float().to(device), sin.float().to(device)
 
 
-def rotate(x, cos, sin):
-    """Turn x (B, L, heads, hs) by its rotary angles, x_i with x_{i + hs/2} as in Hugging Face's Llama."""
+def rotate(x, rope):
+    """Turn x (B, L, heads, hs) by its angles: x_i together with x_{i + hs/2}, as Llama does."""
+    cos, sin = rope
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
 def norm_heads(x, config):
-    """QK-norm: queries or keys (..., heads, hs) to a root mean square of one, if the config says so."""
-    return F.rms_norm(x, x.shape[-1:]) if config.qk_norm else x
+    """QK-norm: each head of x (..., heads, hs) to a root mean square of one, if config says so."""
+    return F.rms_norm(x, x.shape[-1:], eps=config.norm_eps) if config.qk_norm else x
 
 
 def attend(q, k, v, mask=None, causal=False):
-    """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs), k and v (B, Lk, nkv, hs) -> (B, Lq, nh * hs)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with torch.autocast("cpu", enabled=False):  # on a CPU this kernel takes several times as long in bfloat16
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+    """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs); k, v (B, Lk, nkv, hs); mask
+    (Lq, Lk), True where a query sees a key -> (B, Lq, nh * hs)"""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, heads, L, hs)
+    with torch.autocast("cpu", enabled=False):  # a CPU's kernel is slower in bfloat16
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2).flatten(2)
 
 
-def causal_mask(n_q, n_k, window, device, cut=False):
-    """(n_q, n_k): does query i (the last at the last key) see key j? `window` keys at most, and with cut none before query 0."""
-    i, j = torch.arange(n_k - n_q, n_k, device=device)[:, None], torch.arange(n_k, device=device)
-    return (j <= i) & (j > i - window) & (j >= (n_k - n_q) * cut)
+def causal_mask(n_queries, n_keys, window, device, first_key=0):
+    """(n_queries, n_keys), True where a query sees a key. The last query stands at the last key;
+    each sees `window` keys up to its own, and none before first_key."""
+    i = torch.arange(n_keys - n_queries, n_keys, device=device)[:, None]
+    j = torch.arange(n_keys, device=device)
+    return (j <= i) & (j > i - window) & (j >= first_key)
 
 
-def window_attention(q, k, v, window, cut=False):
-    """
-    Attention of each token to the last `window` tokens, its own included, in blocks of `window` queries; cut, a bool or tensor (): within
-    the block only. q (B, L, nh, hs); k, v (B, P + L, nkv, hs), P < window of them from before the first query -> (B, L, nh * hs)
-    """
-    past, first = k.size(1) - q.size(1), min(window, q.size(1))
-    mask = causal_mask(first, past + first, window, q.device) if first > 1 else None  # one token sees all that is cached
+def with_segment_before(x, T):
+    """Each segment together with the one before it. x (B, (n+1) * T, ...) -> (B * n, 2T, ...)"""
+    x = x.unflatten(1, (-1, T))
+    before, own = x[:, :-1], x[:, 1:]                                   # (B, n, T, ...)
+    return torch.cat((before, own), dim=2).flatten(0, 1)
+
+
+def window_attention(q, k, v, T, pos=0, within_segment=False):
+    """Attention of each token to the last T tokens, its own included, by segments of queries.
+    q (B, L, nh, hs) from position pos on; k, v (B, P + L, nkv, hs), P < T of them from before;
+    within_segment, a bool or tensor (): attention ends at the segment's border
+    -> (B, L, nh * hs)"""
+    L, past, begun = q.size(1), k.size(1) - q.size(1), pos % T
+    # the tokens up to the end of a segment that was begun before, or of the first one
+    first = min(T - begun, L)
+    mask = None
+    if first > 1 or within_segment is not False:  # one token alone sees all that is kept
+        mask = causal_mask(first, past + first, T, q.device, (past - begun) * within_segment)
     y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
-    if not (rest := q.size(1) - first):
+    if first == L:
         return y
-    n, pad = math.ceil(rest / window), -rest % window  # further blocks of queries, each sees its own keys and those of the block before
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, pad)) if pad else x for x in (q[:, first:], k[:, past:], v[:, past:]))
-    q = q.reshape(-1, window, *q.shape[2:])                                          # (B*n, T, nh, hs)
-    k, v = (x.unflatten(1, (n + 1, window)) for x in (k, v))
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))   # (B*n, 2T, nkv, hs)
-    more = attend(q, k, v, causal_mask(window, 2 * window, window, q.device, cut))
-    return torch.cat((y, more.view(y.size(0), n * window, -1)[:, :rest]), dim=1)
+    # then all other segments at once: each sees its own keys and those of the segment before
+    n = math.ceil((L - first) / T)
+    to_segments = (0, 0, 0, 0, 0, n * T - (L - first))  # the last one is padded at its end
+    q = F.pad(q[:, first:], to_segments).unflatten(1, (n, T)).flatten(0, 1)  # (B * n, T, nh, hs)
+    k = with_segment_before(F.pad(k[:, past + first - T:], to_segments), T)  # (B * n, 2T, nkv, hs)
+    v = with_segment_before(F.pad(v[:, past + first - T:], to_segments), T)
+    mask = causal_mask(T, 2 * T, T, q.device, T * within_segment)
+    others = attend(q, k, v, mask).unflatten(0, (-1, n)).flatten(1, 2)       # (B, n * T, nh * hs)
+    return torch.cat((y, others[:, :L - first]), dim=1)
 
 
 class Attention(nn.Module):
@@ -147,120 +204,158 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.head_dim = config.n_embd // config.n_head
-        self.wqkv = linear(config.n_embd, (config.n_head + 2 * config.n_kv_head) * self.head_dim)
+        self.wqkv = linear(config.n_embd, (config.n_head + 2 * config.kv_heads) * config.head_dim)
         self.wo = linear(config.n_embd, config.n_embd)
 
     def project(self, h, rope):
-        """h (B, L, D) -> queries, keys (both turned to their positions), values, and keys not turned, (B, L, n_head or n_kv_head, hs) each"""
+        """h (B, L, D) -> queries (B, L, nh, hs) and keys (B, L, nkv, hs), turned to their
+        positions; values (B, L, nkv, hs); and the keys before they were turned"""
         c = self.config
-        qk, v = wide(self.wqkv(h)).unflatten(-1, (-1, self.head_dim)).split((c.n_head + c.n_kv_head, c.n_kv_head), dim=2)
+        qkv = wide(self.wqkv(h)).unflatten(-1, (-1, c.head_dim))
+        # queries and keys stay together for norm and rotation: one operation instead of two
+        qk, values = qkv.split((c.n_head + c.kv_heads, c.kv_heads), dim=2)
         qk = norm_heads(qk, c)
-        return *rotate(qk, *rope).split((c.n_head, c.n_kv_head), dim=2), v, qk[:, :, c.n_head:]
+        queries, keys = rotate(qk, rope).split((c.n_head, c.kv_heads), dim=2)
+        return queries, keys, values, qk[:, :, c.n_head:]
 
-    def forward(self, q, k, v, k_past, v_past, cut=False):
-        """What `project` gives, keys and values of the P tokens before -> E_attn (B, L, D), keys and values to remember."""
+    def forward(self, q, k, v, pos, past_k, past_v, within_segment=False):
+        """q, k, v as from `project`, of the tokens from position pos on; keys and values of the P
+        tokens before -> E_attn (B, L, D), and the keys and values to remember"""
         c = self.config
-        if past := k_past.size(1):
-            k, v = torch.cat((k_past, k), dim=1), torch.cat((v_past, v), dim=1)
+        if past_k.size(1):
+            k, v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
         if c.attention == "window":
-            y, start = window_attention(q, k, v, c.block_size, cut), max(0, k.size(1) - c.block_size + 1)
+            y = window_attention(q, k, v, c.block_size, pos, within_segment)
+            forget = max(0, k.size(1) - c.block_size + 1)  # the next token sees itself and T - 1
         else:
-            mask = causal_mask(q.size(1), k.size(1), k.size(1), q.device) if past else None
-            y, start = attend(q, k, v, mask, causal=not past), 0
-        return self.wo(y), k[:, start:], v[:, start:]
+            whole = q.size(1) == k.size(1)
+            mask = None if whole else causal_mask(q.size(1), k.size(1), k.size(1), q.device)
+            y, forget = attend(q, k, v, mask, causal=whole), 0
+        return self.wo(y), k[:, forget:], v[:, forget:]
 
 
 class MemoryBank(nn.Module):
-    """
-    The memory of one block: N slots of width D. `read` is the paper's Eq. 1-2, `output_gate` Eq. 3, `gates` Eq. 4-5, `update`
-    Eq. 6. A token of segment s reads the bank as it stood after segment s-1, so nothing flows from later tokens to earlier ones.
-    """
+    """The memory of one block: N slots of width D. A token of segment s reads the bank as it stood
+    after segment s-1, so nothing flows from later tokens to earlier ones."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         D = config.n_embd
-        self.norm = nn.RMSNorm(D)
+        self.norm = nn.RMSNorm(D, eps=config.norm_eps)
         self.w_q, self.w_k, self.w_v = linear(D, D), linear(D, D), linear(D, D)
         self.w_out, self.w_in, self.w_forget = (linear(D, D, bias=True) for _ in range(3))
-        if config.mem_write == "attend":  # with keys and values of self-attention
-            self.slots = nn.Parameter(torch.empty(config.mem_slots, D))  # a learned query for each slot
+        if config.mem_write == "attend":
+            self.slots = nn.Parameter(torch.empty(config.mem_slots, D))  # a query for each slot
 
-    def initial(self, batch, device):
-        """The bank before the first segment: the identity, (B, N, D)."""
-        return torch.eye(self.config.mem_slots, self.config.n_embd, device=device).expand(batch, -1, -1)
-
-    def heads(self, x):
-        """x (..., L, D) -> (B, L, mem_heads, hs), with all leading dimensions in B"""
-        return wide(x).unflatten(-1, (self.config.mem_heads, -1)).flatten(0, -4)
+    def initial_state(self, batch):
+        """The BankState before the first token. The bank is the identity, and reads as nothing:
+        keys and values of zero stand for it until the first segment is written."""
+        c, like = self.config, self.norm.weight  # of its device and type
+        M = torch.eye(c.mem_slots, c.n_embd, device=like.device, dtype=like.dtype)
+        nothing = like.new_zeros(batch, c.mem_slots, c.n_head, c.head_dim)
+        no_keys = like.new_zeros(batch, 0, c.kv_heads, c.head_dim)
+        unwritten = Tokens(like.new_zeros(batch, 0, c.n_embd), no_keys, no_keys)
+        return BankState(M.expand(batch, -1, -1), nothing, nothing, unwritten)
 
     def keys_values(self, M):
-        """K and V of the slots (Eq. 1). M (..., N, D) -> (B, N, mem_heads, hs) each"""
-        slots = self.norm(M)
-        return norm_heads(self.heads(self.w_k(slots)), self.config), self.heads(self.w_v(slots))
+        """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
+        c, slots = self.config, self.norm(M)
+        keys = norm_heads(wide(self.w_k(slots)).unflatten(-1, (c.n_head, c.head_dim)), c)
+        values = wide(self.w_v(slots)).unflatten(-1, (c.n_head, c.head_dim))
+        return keys, values
 
-    def read(self, h, k, v):
-        """E_mem: each token asks the slots (Eq. 1-2). h (..., L, D), their k and v as `keys_values` gives them -> (..., L, D)"""
-        q, topk, mask = norm_heads(self.heads(self.w_q(h)), self.config), self.config.mem_topk, None
-        if topk:
-            scores = q.transpose(1, 2) @ k.permute(0, 2, 3, 1)
-            mask = scores >= scores.topk(topk).values[..., -1:]  # (B, heads, L, N)
-        return attend(q, k, v, mask).view_as(h)
+    def read(self, h, keys, values):
+        """E_mem: each token asks the slots (Eq. 1-2). h (B, S, L, D); keys and values
+        (B, S, N, nh, hs) of the bank that its segment sees -> (B, S, L, D)"""
+        c = self.config
+        q = norm_heads(wide(self.w_q(h)).unflatten(-1, (c.n_head, c.head_dim)), c)
+        q, keys, values = q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+        mask = None
+        if c.mem_topk:
+            scores = q.transpose(1, 2) @ keys.permute(0, 2, 3, 1)       # (B * S, nh, L, N)
+            mask = scores >= scores.topk(c.mem_topk).values[..., -1:]
+        return attend(q, keys, values, mask).view_as(h)
 
-    def output_gate(self, E):
-        """g_out: how much of what was read enters the residual stream (Eq. 3)."""
-        return self.w_out(E).sigmoid()
+    def output_gate(self, E_mem):
+        """g_out (Eq. 3), of the shape of E_mem."""
+        return self.w_out(E_mem).sigmoid()
 
-    def content(self, k, v):
-        """C of the `attend` write: each slot asks the segment. k, v (B, S, T, n_kv_head, hs) -> (B, S, N, D)"""
-        q = norm_heads(self.slots.unflatten(-1, (self.config.n_head, -1)), self.config)
-        return attend(q.expand(k.size(0) * k.size(1), -1, -1, -1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2])
+    def content(self, keys, values):
+        """C of the `attend` write: each slot asks the segment. keys (not turned, so that content
+        has no position) and values of self-attention (B, S, T, nkv, hs) -> (B, S, N, D)"""
+        c, n_segments = self.config, keys.size(1)
+        q = norm_heads(self.slots.unflatten(-1, (c.n_head, c.head_dim)), c)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        C = attend(q.expand(len(keys), -1, -1, -1), keys, values)       # (B * S, N, D)
+        return C.unflatten(0, (-1, n_segments))
 
     def gates(self, x, C):
-        """Input gate (Eq. 4) and forget gate (Eq. 5), (..., N, D), in float32."""
-        return wide(self.w_in(x)).sigmoid(), wide(self.w_forget(C)).sigmoid()
+        """Input gate (Eq. 4) and forget gate (Eq. 5). x, C (B, S, N, D) -> the same, float32."""
+        g_in = wide(self.w_in(x)).sigmoid()
+        g_forget = wide(self.w_forget(C)).sigmoid()
+        return g_in, g_forget
 
     def update(self, M, C, g_in, g_forget):
-        """The bank after the segment (Eq. 6)."""
+        """The bank after a segment (Eq. 6)."""
         return g_in * wide(C).tanh() + g_forget * M
 
-    def write(self, source, M):
-        """
-        Write whole segments. source: for `attend` keys and values of self-attention (B, S, T, n_kv_head, hs), for `aligned` h
-        (B, S, T, D); M (B, N, D) -> M and the S banks after it (B, S + 1, N, D). Content and gates of `attend` do not depend on the
-        bank: they are made for all segments at once, and only Eq. 6 recurs.
-        """
-        banks = [M]
-        if self.config.mem_write == "attend":
-            C = self.content(*source)
-            for segment in zip(*(x.unbind(1) for x in (C, *self.gates(C, C)))):
-                banks.append(self.update(banks[-1], *segment))
-        else:  # slot i belongs to position i, and what it read is what it writes
-            for h in source[0].unbind(1):
-                C = self.read(h, *self.keys_values(banks[-1]))
-                banks.append(self.update(banks[-1], C, *self.gates(h, C)))
-        return torch.stack(banks, dim=1)
+    def write_attend(self, segments, M):
+        """Write with any number of slots. segments: Tokens (B, S, T, ...), M (B, 1, N, D) -> the
+        bank after each segment (B, S, N, D). Content and gates do not depend on the bank: they are
+        made for all segments at once, and only Eq. 6 recurs."""
+        C = self.content(segments.keys, segments.values)
+        g_in, g_forget = self.gates(C, C)
+        banks = []
+        each_segment = zip(C.split(1, dim=1), g_in.split(1, dim=1), g_forget.split(1, dim=1))
+        for C_s, g_in_s, g_forget_s in each_segment:
+            M = self.update(M, C_s, g_in_s, g_forget_s)
+            banks.append(M)
+        return torch.cat(banks, dim=1)
 
-    def forward(self, h, k, v, M, kv, unwritten):
-        """
-        h (B, L, D) normed inputs, their keys (not yet turned) and values (B, L, n_kv_head, hs); M, kv, unwritten as in LayerState
-        -> g_out * E_mem (B, L, D), the new M, kv and unwritten
-        """
+    def write_aligned(self, segments, M):
+        """Write as the paper has it: slot i belongs to position i, so N = T, and what that token
+        reads of the bank is what it writes. Arguments as in `write_attend`."""
+        banks = []
+        for h in segments.h.split(1, dim=1):
+            keys, values = self.keys_values(M)
+            C = self.read(h, keys, values)
+            g_in, g_forget = self.gates(h, C)
+            M = self.update(M, C, g_in, g_forget)
+            banks.append(M)
+        return torch.cat(banks, dim=1)
+
+    def forward(self, h, keys, values, state):
+        """Read for each token, write each segment that ends here. h (B, L, D) normed inputs of the
+        block, keys (not turned) and values (B, L, nkv, hs) of self-attention, BankState
+        -> g_out * E_mem (B, L, D), the BankState after these tokens"""
         T, L = self.config.block_size, h.size(1)
-        source = (k, v) if self.config.mem_write == "attend" else (h,)
-        if unwritten:
-            source = [torch.cat(pair, dim=1) for pair in zip(unwritten, source)]
-        o, whole = source[0].size(1) - L, source[0].size(1) // T
-        banks = self.write([x[:, :whole * T].unflatten(1, (whole, T)) for x in source], M) if whole else M[:, None]
-        if o + L <= T:  # all tokens in one segment
-            kv = kv or self.keys_values(M)
-            E = self.read(h, *kv)
-        else:           # put each token into its segment, read all segments at once
-            n, pad = math.ceil((o + L) / T), -(o + L) % T
-            queries = (F.pad(h, (0, 0, o, pad)) if o or pad else h).unflatten(1, (n, T))
-            E = self.read(queries, *self.keys_values(banks[:, :n])).flatten(1, 2)[:, o:o + L]
-        return self.output_gate(E) * E, banks[:, -1], None if whole else kv, [x[:, whole * T:] for x in source]
+        begun = state.unwritten.h.size(1)         # tokens of the first segment that came before
+        tokens = Tokens(h, keys, values)
+        if begun:
+            tokens = Tokens._make(torch.cat(pair, dim=1) for pair in zip(state.unwritten, tokens))
+        n_segments, n_whole = math.ceil((begun + L) / T), (begun + L) // T
+        end = n_whole * T
+        # write: the bank after each whole segment, and what the next segment reads of it
+        M, slot_keys, slot_values = state.M[:, None], state.keys[:, None], state.values[:, None]
+        if n_whole:
+            segments = Tokens._make(x[:, :end].unflatten(1, (n_whole, T)) for x in tokens)
+            write = self.write_attend if self.config.mem_write == "attend" else self.write_aligned
+            banks = write(segments, M)                                  # (B, n_whole, N, D)
+            M = banks[:, -1:]
+            new_keys, new_values = self.keys_values(banks)
+            slot_keys = torch.cat((slot_keys, new_keys), dim=1)
+            slot_values = torch.cat((slot_values, new_values), dim=1)
+        # read: each token in its segment, all segments at once, each the bank of the one before
+        queries, skip = h, 0
+        if n_segments > 1:
+            queries, skip = F.pad(h, (0, 0, begun, n_segments * T - begun - L)), begun
+        queries = queries.unflatten(1, (n_segments, -1))                # (B, n_segments, T, D)
+        E_mem = self.read(queries, slot_keys[:, :n_segments], slot_values[:, :n_segments])
+        E_mem = E_mem.flatten(1, 2)[:, skip:skip + L]
+        unwritten = Tokens._make(x[:, end:] for x in tokens)
+        state = BankState(M[:, 0], slot_keys[:, -1], slot_values[:, -1], unwritten)
+        return self.output_gate(E_mem) * E_mem, state                   # Eq. 3
 
 
 class MLP(nn.Module):
@@ -277,124 +372,149 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + E_attn + g_out * E_mem (Eq. 3), then the MLP."""
+    """x + E_attn + g_out * E_mem, then the MLP."""
 
     def __init__(self, config, has_memory):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(config.n_embd), nn.RMSNorm(config.n_embd)
+        self.norm1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attention = Attention(config)
         self.memory = MemoryBank(config) if has_memory else None
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope, state, cut=False):
-        """x (B, L, D), state LayerState, cut as in `window_attention` -> x (B, L, D), the state after these tokens."""
+    def forward(self, x, pos, rope, state, within_segment=False):
+        """x (B, L, D) of the tokens from position pos on, their rotary angles, the LayerState
+        before them, within_segment as in `window_attention` -> x, the LayerState after them"""
         h = self.norm1(x)
         q, k, v, unturned = self.attention.project(h, rope)
-        y, *past = self.attention(q, k, v, state.k, state.v, cut)
-        memory = state[2:]  # M, kv, unwritten
+        y, past_k, past_v = self.attention(q, k, v, pos, state.keys, state.values, within_segment)
+        bank = state.bank
         if self.memory:
-            E, *memory = self.memory(h, unturned, v, *memory)
-            y = y + E
+            gated, bank = self.memory(h, unturned, v, bank)
+            y = y + gated
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.norm2(x))), LayerState(*past, *memory)
+        x = x + self.dropout(self.mlp(self.norm2(x)))
+        return x, LayerState(past_k, past_v, bank)
 
 
 class LM2(nn.Module):
+    """The language model: embedding, blocks, norm, head."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, config.memory == "lm2" and l < config.mem_layers) for l in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, has_memory=layer < config.memory_layers)
+                                    for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = linear(config.n_embd, config.vocab_size)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
-        embedding, slots       normal, std 0.5 and 1
-        head, memory's w_v     zero: the first loss is log(vocab_size), and memory adds nothing at first
-        gates (w_in, ...)      zero, so they start at their biases: input and output half open (closed, they hide the gradient), forget +2 (0.88)
-        other matrices         normal, std 1/sqrt(fan_in); gains one
-        """
-        biases = {"w_in": 0.0, "w_forget": 2.0, "w_out": 0.0}
-        for name, p in self.named_parameters():
-            *_, kind, last = name.split(".")
-            if p.ndim == 1:
-                p.fill_(biases[kind] if last == "bias" else 1.0)
-            elif kind in ("head", "w_v", *biases):
-                p.zero_()
-            else:
-                p.normal_(std=1.0 if last == "slots" else 0.5 if kind == "embedding" else p.size(1) ** -0.5)
+        embedding           normal, std 0.5
+        linear layers       normal, std 1/sqrt(fan_in); biases zero
+        slot queries        normal, std 1
+        head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first
+        gates               zero weights, so that they start at their biases: input and output gate
+                            half open (closed, they hide the gradient), forget gate +2 (0.88)
+        everything else     as PyTorch makes it: gains are one"""
+        banks = [block.memory for block in self.blocks if block.memory]
+        zero = {layer for bank in banks
+                for layer in (bank.w_v, bank.w_in, bank.w_forget, bank.w_out)} | {self.head}
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(std=0.5)
+            elif isinstance(module, MemoryBank) and module.config.mem_write == "attend":
+                module.slots.normal_()
+            elif isinstance(module, nn.Linear):
+                if module in zero:
+                    module.weight.zero_()
+                else:
+                    module.weight.normal_(std=module.in_features ** -0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for bank in banks:
+            bank.w_forget.bias.fill_(2.0)
 
-    def configure_optimizers(self, learning_rate, adam_lr, weight_decay, device_type, momentum=0.9):
-        """Muon for the hidden matrices, AdamW for embedding, head, gains, biases and slot queries: a list of two optimizers."""
-        muon = {name: p for name, p in self.named_parameters() if p.ndim == 2 and name.startswith("blocks") and "slots" not in name}
-        adam = [p for name, p in self.named_parameters() if name not in muon]
-        return [Muon(muon.values(), lr=learning_rate, weight_decay=weight_decay, momentum=momentum),
-                torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=device_type != "mps")]
+    def initial_state(self, batch):
+        """The State before the first token, for `batch` sequences."""
+        c = self.config
+        no_keys = self.head.weight.new_zeros(batch, 0, c.kv_heads, c.head_dim)
+        banks = [block.memory.initial_state(batch) if block.memory else None
+                 for block in self.blocks]
+        return State(0, [LayerState(no_keys, no_keys, bank) for bank in banks])
 
-    def initial_state(self, batch, device, silent=False):
-        """The State before the first token. silent: nothing is read before a segment was written, so no update goes into reading the identity."""
-        c, banks = self.config, [block.memory for block in self.blocks]
-        kv = torch.empty(batch, 0, c.n_kv_head, c.n_embd // c.n_head, device=device)
-        zeros = [torch.zeros(batch, c.mem_slots, c.mem_heads, c.n_embd // c.mem_heads, device=device)] * 2
-        return State(0, [LayerState(kv, kv, bank and bank.initial(batch, device), zeros if silent and bank else None, []) for bank in banks])
+    def draw_window_dropout(self, device):
+        """All that exists only in training, besides dropout: in a share of the batches attention
+        ends at the border of the segment -> a bool or tensor ()"""
+        share = self.config.window_dropout if self.training and self.config.memory_layers else 0
+        return torch.rand((), device=device) < share if share else False
+
+    def check(self, idx):
+        """Raises ValueError where the model cannot run on idx (B, L)."""
+        require(idx.size(1) > 0, "idx has no tokens: begin with at least one, such as a newline")
+        require(self.head.weight.dtype not in (torch.bfloat16, torch.float16), "half precision is "
+                "too coarse for the bank: keep the weights in float32 and use torch.autocast")
 
     def features(self, idx, state=None):
-        """idx (B, L) token ids, state the State before them (None: a fresh start) -> normed features (B, L, D), the State after."""
-        state = state or self.initial_state(idx.size(0), idx.device, silent=self.training and idx.size(1) <= self.config.block_size)
-        x = self.dropout(self.embedding(idx))
-        rope = rope_angles(state.pos, idx.size(1), self.config.n_embd // self.config.n_head, self.config.rope_theta, idx.device)
-        share = self.config.window_dropout if self.training and self.blocks[0].memory else 0.0
-        cut = bool(share) and torch.rand((), device=idx.device) < share
-        layers = []
+        """idx (B, L) token ids, L >= 1; state: the State before them, None at the start of a text
+        -> normed features (B, L, D), the State after. Raises ValueError."""
+        self.check(idx)
+        c, length = self.config, idx.size(1)
+        state = state or self.initial_state(len(idx))
+        rope = rope_angles(state.pos, length, c.head_dim, c.rope_theta, idx.device)
+        within_segment = self.draw_window_dropout(idx.device)
+        x, layers = self.dropout(self.embedding(idx)), []
         for block, layer in zip(self.blocks, state.layers):
-            x, layer = block(x, rope, layer, cut)
+            x, layer = block(x, state.pos, rope, layer, within_segment)
             layers.append(layer)
-        return self.norm(x), State(state.pos + idx.size(1), layers)
+        return self.norm(x), State(state.pos + length, layers)
 
     def forward(self, idx, targets=None, state=None):
-        """
-        idx (B, L) token ids, any L >= 1; targets (B, L), -1 where nothing is to be predicted; state from an earlier call
-        -> logits (B, L, vocab_size), loss (mean cross-entropy in nats per target, None without targets), state
-        """
+        """idx (B, L) token ids, any L >= 1; targets (B, L), -1 where nothing is to be predicted;
+        state from an earlier call -> logits (B, L, vocab_size), loss (mean cross-entropy in nats
+        per target, None without targets), state"""
         x, state = self.features(idx, state)
         logits = self.head(x)
-        loss = None if targets is None else F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if targets is None:
+            return logits, None, state
+        loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss, state
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
-        """
-        Continue idx (B, L), L >= 1, yielding the next token of each row (B,), an inference tensor, at O(T + N) with attention="window".
-        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that together reach probability p.
-        """
-        chunk, state = 16 * self.config.block_size, None  # a long prompt is read piece by piece
-        for start in range(0, idx.size(1), chunk):
-            x, state = self.features(idx[:, start:start + chunk], state)
+        """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
+        at O(T + N) with attention="window". temperature 0 is greedy; top_k keeps the k likeliest
+        tokens, top_p the likeliest that together reach probability p."""
+        state = None
+        for chunk in idx.split(16 * self.config.block_size, dim=1):  # a long prompt, in pieces
+            x, state = self.features(chunk, state)
         for _ in range(max_new_tokens):
-            token = sample(self.head(x[:, -1]).float(), temperature, top_k, top_p)
+            token = draw_token(self.head(x[:, -1]).float(), temperature, top_k, top_p)
             yield token
             x, state = self.features(token[:, None], state)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
-        """idx (B, L), L >= 1 -> idx with its continuation (B, L + max_new_tokens). Arguments as in `stream`."""
-        return torch.cat((idx, *(t[:, None] for t in self.stream(idx, max_new_tokens, temperature, top_k, top_p))), dim=1)
+        """idx (B, L), L >= 1 -> idx and its continuation (B, L + max_new_tokens); see `stream`."""
+        tokens = self.stream(idx, max_new_tokens, temperature, top_k, top_p)
+        return torch.cat([idx] + [token[:, None] for token in tokens], dim=1)
 
 
-def sample(logits, temperature=1.0, top_k=None, top_p=None):
+def draw_token(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw a token from each row of logits (B, vocab_size) -> (B,)"""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits / temperature
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -torch.inf)
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     probs = logits.softmax(dim=-1)
     if top_p:
         sorted_probs, order = probs.sort(dim=-1, descending=True)
-        cut = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # the likelier ones reach p already
-        probs = probs.scatter(-1, order, sorted_probs.masked_fill(cut, 0.0))
+        enough = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # the likelier ones reach p
+        probs = probs.scatter(-1, order, sorted_probs.masked_fill(enough, 0.0))
     return torch.multinomial(probs, num_samples=1).squeeze(-1)

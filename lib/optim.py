@@ -1,18 +1,36 @@
 """
-Muon for any machine: torch.optim.Muon with another arithmetic.
+The optimizers of a model: Muon for the hidden matrices, AdamW for everything else.
 
-Newton-Schulz in PyTorch takes the matrices one by one, always in bfloat16, which a CPU without bfloat16 instructions multiplies up to ninety
-times slower than float32. Here matrices of one shape go through it together, in float32, or under autocast in bfloat16, like every matmul.
+Muon is torch.optim.Muon with another arithmetic. PyTorch takes the matrices one by one, always in
+bfloat16, which a CPU without bfloat16 instructions multiplies up to ninety times slower than
+float32. Here matrices of one shape go through Newton-Schulz together, in float32, or under
+autocast in bfloat16, like every matmul.
 """
 from collections import defaultdict
 
 import torch
+import torch.nn as nn
+
+
+def make_optimizers(model, learning_rate, adam_lr, weight_decay, momentum=0.9):
+    """
+    model: an LM2 or RMT -> [Muon, AdamW]. Muon takes the matrices of all linear layers in the
+    blocks; AdamW takes the rest: embedding, head, gains, biases, slot queries, and whatever
+    parameters a changed model has.
+    """
+    matrices = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    in_muon = set(matrices)
+    others = [p for p in model.parameters() if p not in in_muon]
+    fused = others[0].device.type != "mps"
+    return [Muon(matrices, lr=learning_rate, weight_decay=weight_decay, momentum=momentum),
+            torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)]
 
 
 def orthogonalize(G, coefficients, steps, eps):
     """
-    Newton-Schulz: the nearest orthogonal matrix to each G (n, rows, columns), its singular values brought near 1 by a polynomial of
-    degree 5 (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+    Newton-Schulz: the nearest orthogonal matrix to each G (n, rows, columns), its singular values
+    brought near 1 by a polynomial of degree 5
+    (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
     """
     a, b, c = coefficients
     X = G.mT if G.size(1) > G.size(2) else G
@@ -24,27 +42,34 @@ def orthogonalize(G, coefficients, steps, eps):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon as it is by default (Nesterov's momentum, a tall matrix moves sqrt(rows / columns) times as far); state alike."""
+    """
+    torch.optim.Muon as it is by default: Nesterov's momentum, and a tall matrix moves
+    sqrt(rows / columns) times as far. Its state is the same, too.
+    """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)  # options that step() would not heed are not taken
+        # options that step() would not heed are not taken
+        super().__init__(params, lr=lr, weight_decay=weight_decay, momentum=momentum)
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            shapes = defaultdict(list)
+            same_shape = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes[p.shape].append(p)
-            for (rows, columns), params in shapes.items():
-                ahead = []
-                for p in params:
-                    if p not in self.state:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                    momentum = self.state[p]["momentum_buffer"]
-                    momentum.lerp_(p.grad, 1 - group["momentum"])
-                    ahead.append(p.grad.lerp(momentum, group["momentum"]))
-                updates = orthogonalize(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"], group["eps"])
-                for p, update in zip(params, updates):
+                    same_shape[p.shape].append(p)
+            for (rows, columns), params in same_shape.items():
+                directions = torch.stack([self.direction(p, group["momentum"]) for p in params])
+                directions = orthogonalize(directions, group["ns_coefficients"],
+                                           group["ns_steps"], group["eps"])
+                for p, direction in zip(params, directions):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+                    p.add_(direction, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def direction(self, p, momentum):
+        """Nesterov's momentum: the gradient of p, moved towards the mean of those before."""
+        if p not in self.state:
+            self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        mean = self.state[p]["momentum_buffer"]
+        mean.lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(mean, momentum)

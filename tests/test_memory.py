@@ -1,25 +1,29 @@
-"""The memory bank against a NumPy reference that is written from the paper's equations, one segment after the other."""
+"""
+The memory bank against a NumPy reference that is written from the paper's equations, one segment
+after the other.
+"""
 import numpy as np
 import pytest
 import torch
 
-from lm2 import LM2, LM2Config, MemoryBank, norm_heads
+from lm2 import LM2, BankState, LM2Config, MemoryBank, Tokens, norm_heads
 
 T, N, D, HEADS, SEGMENTS, BATCH = 6, 4, 16, 2, 3, 2
-CASES = [dict(), dict(mem_topk=2), dict(qk_norm=False), dict(mem_write="aligned", mem_slots=T), dict(mem_write="aligned", mem_slots=T, mem_topk=3)]
+ALIGNED = dict(mem_write="aligned", mem_slots=T)
+CASES = [dict(), dict(mem_topk=2), dict(qk_norm=False), ALIGNED, dict(mem_topk=3, **ALIGNED)]
 
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def rms_norm(x):
-    return x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True) + np.finfo(x.dtype).eps)
+def rms_norm(x, config):
+    return x / np.sqrt(np.mean(x ** 2, axis=-1, keepdims=True) + config.norm_eps)
 
 
 def qk_norm(x, config):
     """Each head of queries or keys (L, D) by itself."""
-    return rms_norm(x.reshape(len(x), HEADS, -1)).reshape(x.shape) if config.qk_norm else x
+    return rms_norm(x.reshape(len(x), HEADS, -1), config).reshape(x.shape) if config.qk_norm else x
 
 
 def cross_attention(q, k, v, topk=0):
@@ -37,32 +41,36 @@ def cross_attention(q, k, v, topk=0):
 
 def reference(bank, h, k, v, M):
     """
-    One row of a batch: h and keys and values of self-attention, their heads side by side (S, T, D), M (N, D)
-    -> g_out * E_mem (S, T, D), the bank at the end (N, D)
+    One row of a batch: h and keys and values of self-attention, their heads side by side (S, T, D),
+    M (N, D) -> g_out * E_mem (S, T, D), the bank at the end (N, D)
     """
-    config, p = bank.config, {name: value.detach().numpy() for name, value in bank.named_parameters()}
+    config = bank.config
+    p = {name: value.detach().numpy() for name, value in bank.named_parameters()}
     outputs = []
     for x, k_s, v_s in zip(h, k, v):
-        slots = rms_norm(M) * p["norm.weight"]
-        Q, K, V = x @ p["w_q.weight"].T, slots @ p["w_k.weight"].T, slots @ p["w_v.weight"].T      # Eq. 1
-        E = cross_attention(qk_norm(Q, config), qk_norm(K, config), V, config.mem_topk)            # Eq. 2
-        g_out = sigmoid(E @ p["w_out.weight"].T + p["w_out.bias"])                                 # Eq. 3
+        slots = rms_norm(M, config) * p["norm.weight"]
+        Q = x @ p["w_q.weight"].T                                              # Eq. 1
+        K, V = slots @ p["w_k.weight"].T, slots @ p["w_v.weight"].T            # Eq. 1
+        Q, K = qk_norm(Q, config), qk_norm(K, config)
+        E = cross_attention(Q, K, V, config.mem_topk)                          # Eq. 2
+        g_out = sigmoid(E @ p["w_out.weight"].T + p["w_out.bias"])             # Eq. 3
         outputs.append(g_out * E)
         if config.mem_write == "attend":
             C = cross_attention(qk_norm(p["slots"], config), k_s, v_s)
             into = C
         else:
             C, into = E, x
-        g_in = sigmoid(into @ p["w_in.weight"].T + p["w_in.bias"])                                 # Eq. 4
-        g_forget = sigmoid(C @ p["w_forget.weight"].T + p["w_forget.bias"])                        # Eq. 5
-        M = g_in * np.tanh(C) + g_forget * M                                                       # Eq. 6
+        g_in = sigmoid(into @ p["w_in.weight"].T + p["w_in.bias"])             # Eq. 4
+        g_forget = sigmoid(C @ p["w_forget.weight"].T + p["w_forget.bias"])    # Eq. 5
+        M = g_in * np.tanh(C) + g_forget * M                                   # Eq. 6
     return np.stack(outputs), M
 
 
 def make_bank(**kwargs):
     """A bank with every parameter drawn at random, and inputs for it, all in float64."""
     torch.manual_seed(0)
-    config = LM2Config(vocab_size=11, n_embd=D, block_size=T, n_head=HEADS, **dict(mem_slots=N) | kwargs)
+    kwargs = dict(mem_slots=N) | kwargs
+    config = LM2Config(vocab_size=11, n_embd=D, block_size=T, n_head=HEADS, **kwargs)
     bank = MemoryBank(config).double()
     for p in bank.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -72,9 +80,15 @@ def make_bank(**kwargs):
 
 
 def run(bank, h, k, v, M):
-    """As `reference` does it, for a batch: h, k, v (B, S * T, D), M (B, N, D) -> g_out * E_mem, the bank at the end."""
-    out, after, kv, unwritten = bank(h, k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1)), M, None, [])
-    return out, after
+    """
+    As `reference` does it, for a batch whose bank was written before: h, k, v (B, S * T, D),
+    M (B, N, D) -> g_out * E_mem, the bank at the end
+    """
+    keys, values = bank.keys_values(M[:, None])
+    k, v = k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1))
+    nothing = Tokens(h[:, :0], k[:, :0], v[:, :0])
+    out, state = bank(h, k, v, BankState(M, keys[:, 0], values[:, 0], nothing))
+    return out, state.M
 
 
 def rows(*tensors):
@@ -88,7 +102,8 @@ def test_values_agree_with_numpy(kwargs):
     out, after = run(bank, h, k, v, M)
     for b in range(BATCH):
         expected, expected_after = reference(bank, *rows(h[b], k[b], v[b]), M[b].numpy())
-        np.testing.assert_allclose(out[b].view(SEGMENTS, T, D).detach(), expected, rtol=1e-9, atol=1e-12)
+        found = out[b].view(SEGMENTS, T, D).detach()
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(after[b].detach(), expected_after, rtol=1e-9, atol=1e-12)
 
 
@@ -97,7 +112,8 @@ def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
     bank, *inputs = make_bank(**kwargs)
     h, k, v, M = inputs = [x[:1].requires_grad_() for x in inputs]
     generator = np.random.default_rng(0)
-    a, b = generator.normal(size=h.shape[1:]), generator.normal(size=M.shape[1:])  # a random direction to look along
+    # a random direction to look along
+    a, b = generator.normal(size=h.shape[1:]), generator.normal(size=M.shape[1:])
 
     def scalar():
         out, after = reference(bank, *rows(h[0], k[0], v[0]), M[0].detach().numpy())
@@ -115,13 +131,16 @@ def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
             flat[i] = was - eps
             down = scalar()
             flat[i] = was
-            assert x.grad.view(-1)[i].item() == pytest.approx((up - down) / (2 * eps), rel=1e-4, abs=1e-7), name
+            slope = (up - down) / (2 * eps)
+            assert x.grad.view(-1)[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-7), name
 
 
-def test_bank_starts_as_identity():
-    bank, *_ = make_bank()
-    for M in bank.initial(BATCH, torch.device("cpu")):
+def test_bank_starts_as_identity_and_reads_as_nothing():
+    bank, h, *_ = make_bank()
+    state = bank.initial_state(BATCH)
+    for M in state.M:
         np.testing.assert_array_equal(M, np.eye(N, D))
+    assert not bank.read(h[:, None], state.keys[:, None], state.values[:, None]).any()
 
 
 def gates_at(bank, g_in=None, g_forget=None):
@@ -149,8 +168,10 @@ def test_closed_forget_gate_erases_the_bank(kwargs):
 @pytest.mark.parametrize("kwargs", CASES[:1] + CASES[3:4], ids=str)
 def test_gates_lie_between_0_and_1(kwargs):
     bank, h, k, v, M = make_bank(**kwargs)
-    E = bank.read(h, *bank.keys_values(M))
-    C = bank.content(*(x.view(BATCH, SEGMENTS, T, HEADS, -1) for x in (k, v))) if bank.config.mem_write == "attend" else E
+    keys, values = bank.keys_values(M[:, None])
+    E = C = bank.read(h[:, None], keys, values)
+    if bank.config.mem_write == "attend":
+        C = bank.content(*(x.view(BATCH, SEGMENTS, T, HEADS, -1) for x in (k, v)))
     for gate in (bank.output_gate(E), *bank.gates(C, C)):
         assert (gate > 0).all() and (gate < 1).all()
 
@@ -168,21 +189,24 @@ def test_bank_stays_float32_under_autocast():
         _, _, state = model(torch.randint(11, (1, 2 * T)))
         C = torch.randn(1, T, 128, dtype=torch.bfloat16)
         gates = model.blocks[0].memory.gates(C, C)
-    assert {x.dtype for x in (state.layers[0].M, *gates)} == {torch.float32}
+    assert {x.dtype for x in (state.layers[0].bank.M, *gates)} == {torch.float32}
 
 
 @pytest.mark.parametrize("write", ["attend", "aligned"])
-def test_what_is_written_does_not_depend_on_the_place_of_the_segment(write):
+def test_what_is_written_does_not_depend_on_where_the_segment_stands(write):
     torch.manual_seed(0)
-    model = LM2(LM2Config(vocab_size=11, n_layer=1, n_embd=D, n_head=HEADS, block_size=T, mem_slots=T, mem_write=write))
+    model = LM2(LM2Config(vocab_size=11, n_layer=1, n_embd=D, n_head=HEADS, block_size=T,
+                          mem_slots=T, mem_write=write))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
     bank = model.blocks[0].memory
     gates_at(bank, g_forget=0)
-    torch.nn.init.zeros_(bank.w_k.weight)  # with one key for all slots
-    torch.nn.init.zeros_(bank.w_v.weight)  # and nothing in them, `aligned` does not see the bank before either
+    # with one key for all slots and nothing in them, `aligned` does not see the bank before, either
+    torch.nn.init.zeros_(bank.w_k.weight)
+    torch.nn.init.zeros_(bank.w_v.weight)
     before, segment = torch.randint(11, (2, 1, T))
-    first, later = (model(idx)[2].layers[0].M for idx in (segment, torch.cat((before, segment), dim=1)))
+    both = torch.cat((before, segment), dim=1)
+    first, later = (model(idx)[2].layers[0].bank.M for idx in (segment, both))
     torch.testing.assert_close(later, first)
 
 
@@ -190,12 +214,14 @@ def test_what_is_written_does_not_depend_on_the_place_of_the_segment(write):
 def test_closed_output_gate_gives_the_decoder_without_memory(write):
     torch.manual_seed(0)
     kwargs = dict(vocab_size=11, n_layer=2, n_embd=D, n_head=HEADS, block_size=T, mem_slots=T)
-    model, vanilla = LM2(LM2Config(mem_write=write, **kwargs)), LM2(LM2Config(memory="none", **kwargs))
+    model = LM2(LM2Config(mem_write=write, **kwargs))
+    vanilla = LM2(LM2Config(memory="none", **kwargs))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     for block in model.blocks:
         torch.nn.init.zeros_(block.memory.w_out.weight)
         torch.nn.init.constant_(block.memory.w_out.bias, -1e4)
-    vanilla.load_state_dict({k: v for k, v in model.state_dict().items() if "memory" not in k})
+    vanilla.load_state_dict({name: p for name, p in model.state_dict().items()
+                             if "memory" not in name})
     idx = torch.randint(11, (2, 3 * T + 2))
     assert torch.equal(model(idx)[0], vanilla(idx)[0])

@@ -20,14 +20,19 @@ def test_newton_schulz_runs_in_bfloat16_under_autocast_and_parameters_stay_float
         X = orthogonalize(G, COEFFICIENTS, 5, 1e-7)
         Muon([p], lr=0.1, weight_decay=0.1).step()
     assert X.dtype == torch.bfloat16 and p.dtype == torch.float32
-    torch.testing.assert_close(X.float(), orthogonalize(G, COEFFICIENTS, 5, 1e-7), rtol=0.1, atol=0.03)
+    exact = orthogonalize(G, COEFFICIENTS, 5, 1e-7)
+    torch.testing.assert_close(X.float(), exact, rtol=0.1, atol=0.03)
 
 
 def test_equals_the_muon_of_pytorch():
-    """Matrices of several shapes, two of one shape, one without a gradient; PyTorch computes in bfloat16, hence the tolerance."""
+    """
+    Matrices of several shapes, two of one shape, one without a gradient. PyTorch computes in
+    bfloat16, hence the tolerance.
+    """
     start = [torch.randn(shape) for shape in ((24, 24), (40, 16), (24, 24), (16, 40), (8, 8))]
     ours, theirs = ([p.clone().requires_grad_() for p in start] for _ in range(2))
-    optimizers = [kind(params, lr=0.1, weight_decay=0.2, momentum=0.9) for kind, params in ((Muon, ours), (torch.optim.Muon, theirs))]
+    optimizers = [kind(params, lr=0.1, weight_decay=0.2, momentum=0.9)
+                  for kind, params in ((Muon, ours), (torch.optim.Muon, theirs))]
     for _ in range(4):
         for p, q in list(zip(ours, theirs))[:-1]:
             p.grad = torch.randn_like(p)
