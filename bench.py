@@ -1,205 +1,399 @@
 """
-Speed and memory, side by side:
+Speed and peak memory, side by side:
 
-    python bench.py                                # everything
+    python bench.py                          # everything
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
-    python bench.py --nanogpt=../nanoGPT           # with nanoGPT, from a clone of its repository, as one more rival
-    python bench.py --profile                      # where the time goes, by part of the block, and what matmuls alone would need
-    python bench.py --soak                         # a million generated tokens: does memory grow, do the logits drift?
+    python bench.py --nanogpt=../nanoGPT     # with nanoGPT, from a clone of it, as one more rival
+    python bench.py --profile                # where the time goes, what matmuls alone would take
+    python bench.py --soak                   # a million tokens: more MiB in use? do logits drift?
 
-Rivals take turns within one run, so that their ratios mean something on a noisy machine; a figure is a median, with its quartiles.
+Rivals take turns within one run, so that their ratios mean something on a noisy machine; a figure
+is a median, with its quartiles.
 """
+import csv
+import math
 import random
+import secrets
+import shlex
+import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from statistics import median
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
 from data.babi import simulate
-from data.babilong import Haystack, encode_line
+from data.babilong import Haystack, encode_line, parse_list
 from data.curriculum import tokenizer_text, training_batch
+from data.files import atomic_open
 from data.text import get_batch, read_text
-from data.tokenizer import build
-from lib.config import parse, user_errors
-from lib.device import autocast, pick_device, pick_dtype
+from data.tokenizer import make_tokenizer
+from lib.config import at_least, parse, user_errors
+from lib.device import autocast, can_compile, pick_device, pick_dtype
 from lib.measure import (
-    Table,
+    Row,
     as_if_trained,
     matmul_peak,
     nanogpt,
     peak_memories,
-    print_parts,
-    read,
+    print_row,
+    print_scopes,
+    reading,
     recompute,
     scope,
     soak,
+    take_turns,
     timed,
     training_flops,
-    update,
+    training_step,
 )
-from lm2 import LM2Config
+from lm2 import LM2, LM2Config
 
-PARTS = ("training", "generation", "reading", "data")
-SIZES = {"cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64), dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
-         "cuda": [dict(n_layer=6, n_head=6, n_embd=384, block_size=256), dict(n_layer=12, n_head=12, n_embd=768, block_size=512)]}
-TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training update
+BENCHMARKS = ("training", "generation", "reading", "data")
+SIZES = {
+    "cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
+            dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
+    "cuda": [dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
+             dict(n_layer=12, n_head=12, n_embd=768, block_size=512)],
+}
+STEP_TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training step
 VOCAB = 512
-N_NEW = 64  # tokens of a generation
+N_NEW = 64           # tokens of a generation, behind the first
+DATA_BATCH = 12      # rows of a batch of the data path
+DATA_LENGTH = 1000   # and their tokens
 
 
 @dataclass
 class BenchConfig:
-    parts: str = ",".join(PARTS)  # what to measure, as in training,data
+    # measurements
+    parts: str = ",".join(BENCHMARKS)  # what to measure, as in training,data
     repeats: int = 5              # times that each rival is measured
-    max_length: int = 131072      # tokens of the longest context
-    nanogpt: str = ""             # folder with nanoGPT's model.py, a rival in training (one segment, its context) and generation
-    compile: bool = False         # torch.compile all models for training; without figures for memory
+    max_length: int = 131072      # tokens of the longest text to read, and of the longest prompt
+    nanogpt: str = ""             # folder of nanoGPT's model.py: a rival in training and generation
+    compile: bool = False         # torch.compile for training; without figures for peak memory
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
-    csv: str = ""                 # file for the figures
+    # measurements instead of these
+    profile: bool = False         # the time of a training step and of a generation, by their parts
+    soak: bool = False            # a million generated tokens: MiB in use, drift of the logits
+    # results
+    csv: str = ""                 # file for the figures, as in bench.csv
     plot: str = ""                # file for a plot of the figures, as in bench.png
-    profile: bool = False         # instead: the time of an update and of a generation by part of the block
-    soak: bool = False            # instead: a million generated tokens, with memory and drift of the logits on the way
+    # machine
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"           # auto (the faster), float32 or bfloat16
 
     def __post_init__(self):
-        if unknown := set(self.parts.split(",")) - set(PARTS):
-            raise ValueError(f"part {min(unknown)} in parts={self.parts} is not known: use {', '.join(PARTS)}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats={self.repeats} must be at least 1")
-        if self.nanogpt and not (Path(self.nanogpt) / "model.py").exists():
-            raise ValueError(f"nanogpt={self.nanogpt} has no model.py: clone github.com/karpathy/nanoGPT and name its folder")
+        for name in self.benchmarks:
+            if name not in BENCHMARKS:
+                raise ValueError(f"part {name} in parts={self.parts} is not known: "
+                                 f"use {', '.join(BENCHMARKS)}")
+        at_least(self, 1, "repeats", "max_length")
+        if self.profile and self.soak:
+            raise ValueError("--profile and --soak exclude each other: choose one")
+        if self.csv and self.csv == self.plot:
+            raise ValueError(f"csv={self.csv} and plot={self.plot} are one file: name two")
+        if (self.profile or self.soak) and (self.csv or self.plot):
+            raise ValueError("--csv and --plot are for the figures of --parts: "
+                             "leave them out with --profile and --soak")
+
+    @property
+    def benchmarks(self):
+        return parse_list("parts", self.parts)
 
 
 def rivals(size):
-    """{name: LM2Config} of a size; memories have a quarter as many slots as the segment has tokens, but for `aligned`."""
+    """
+    {name: LM2Config} of a size. A bank has a quarter as many slots as a segment has tokens, but for
+    `aligned`, which needs as many.
+    """
     T = size["block_size"]
-    kinds = {"vanilla, window": dict(memory="none"), "vanilla, full": dict(memory="none", attention="full"), "RMT": dict(memory="rmt"),
-             "LM2 attend": dict(), "LM2 aligned": dict(mem_write="aligned", mem_slots=T)}
-    return {name: LM2Config(VOCAB, **size, **{"mem_slots": T // 4} | kind) for name, kind in kinds.items()}
+    rival = partial(LM2Config, VOCAB, mem_slots=T // 4, **size)
+    return {
+        "vanilla, window": rival(memory="none"),
+        "vanilla, full": rival(memory="none", attention="full"),
+        "RMT": rival(memory="rmt"),
+        "LM2 attend": rival(mem_write="attend"),
+        "LM2 aligned": rival(mem_write="aligned", mem_slots=T),
+    }
 
 
-class Bench(Table):
+def name_of(size):
+    """4 x 128: layers and width."""
+    return f"{size['n_layer']} x {size['n_embd']}"
+
+
+def up_to(longest, lengths):
+    """Those of some lengths that are not too long; the longest itself where all are."""
+    return [length for length in lengths if length <= longest] or [longest]
+
+
+def check_writable(config):
+    """Raises OSError where the file for the figures or their plot cannot be written."""
+    for name in ("csv", "plot"):
+        path = Path(getattr(config, name))
+        if path == Path():  # not wanted
+            continue
+        try:
+            if path.is_dir():
+                raise IsADirectoryError
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe = path.with_name(f".{path.name}.{secrets.token_hex(12)}.tmp")
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise OSError(f"{name}={path} cannot be written ({e.strerror or 'it is a folder'}): "
+                          "name a file in a folder of yours") from None
+
+
+def open_haystack(corpus):
+    """The beginning of a text as a Haystack, and its tokenizer. Raises ValueError, OSError."""
+    text = read_text(corpus).text[:200_000]
+    tokenizer = make_tokenizer("bpe", tokenizer_text(text), VOCAB)
+    haystack = Haystack(text, tokenizer)
+    if len(haystack.ids) <= DATA_LENGTH:
+        raise ValueError(f"corpus={corpus} has {len(haystack.ids)} tokens: "
+                         f"name a text of more than {DATA_LENGTH}")
+    return haystack, tokenizer
+
+
+# --- What was found
+
+def write_csv(path, rows, about):
+    """about: {column: value}, the same in all rows."""
+    with atomic_open(path, "w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f, lineterminator="\n")
+        writer.writerow([*Row._fields, *about])
+        writer.writerows([*row, *about.values()] for row in rows)
+
+
+def write_plot(path, rows):
+    """A panel for each comparison: medians as bars, quartiles as whiskers."""
+    comparisons = list(dict.fromkeys(row.what for row in rows))
+    height = math.ceil(len(comparisons) / 3)
+    figure, axes = plt.subplots(height, 3, squeeze=False, figsize=(15, 2.2 * height),
+                                layout="constrained")
+    for panel, what in zip(axes.flat, comparisons):
+        compared = [row for row in rows if row.what == what]
+        below = [row.tokens_per_s - row.quartile1 for row in compared]
+        above = [row.quartile3 - row.tokens_per_s for row in compared]
+        panel.barh([row.model for row in compared], [row.tokens_per_s for row in compared],
+                   xerr=(below, above), color="0.6")
+        panel.invert_yaxis()  # the first rival on top
+        panel.set(title=what, xlabel="tokens/s")
+    for panel in axes.flat[len(comparisons):]:
+        panel.remove()
+    with atomic_open(path) as f:
+        figure.savefig(f, dpi=120, format="png")
+    plt.close(figure)
+
+
+# --- The benchmarks
+
+class Bench:
+    """Each of BENCHMARKS is a method that adds rows."""
+
     def __init__(self, config):
-        super().__init__(config.repeats)
-        self.config, self.device = config, pick_device(config.device)
+        self.config = config
+        self.rows = []
+        self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
-        self.context, self.peak = autocast(self.dtype, self.device), matmul_peak(self.dtype, self.device)
-        self.kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.context = autocast(self.dtype, self.device)
+        self.peak = matmul_peak(self.dtype, self.device)
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        self.sizes, self.step_tokens = SIZES[kind], STEP_TOKENS[kind]
 
-    def models(self, size, peer=False):
+    def check(self):
+        """What can go wrong goes wrong before hours of work. Raises ValueError, OSError."""
+        check_writable(self.config)
+        if self.config.nanogpt:
+            nanogpt(self.config.nanogpt, LM2Config(VOCAB, n_layer=1, block_size=8))
+        if self.config.compile and not can_compile(self.device):
+            raise ValueError("compile=True needs a C++ compiler: install one, or leave it out")
+        if "data" in self.config.benchmarks and not self.config.profile and not self.config.soak:
+            open_haystack(self.config.corpus)
+
+    def run(self):
+        """Measure and print, and write what was found so far after each benchmark."""
+        about = {"repeats": self.config.repeats, "command": f"python {shlex.join(sys.argv)}",
+                 "device": str(self.device), "torch": torch.__version__}
+        print("| what | rival | median | quartiles | ratio | peak memory, share of matmul peak |")
+        print("| --- | --- | ---: | --- | ---: | --- |")
+        for name in self.config.benchmarks:
+            getattr(self, name)()
+            if self.config.csv:
+                write_csv(self.config.csv, self.rows, about)
+            if self.config.plot:
+                write_plot(self.config.plot, self.rows)
+
+    def models(self, size, with_nanogpt=False):
         """{rival: model}, with nanoGPT where it can take part and is wanted."""
-        models = {name: as_if_trained(config, self.device) for name, config in rivals(size).items()}
-        if peer and self.config.nanogpt:
-            models["nanoGPT"] = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size)).to(self.device).eval()
+        models = {name: as_if_trained(config, self.device)
+                  for name, config in rivals(size).items()}
+        if with_nanogpt and self.config.nanogpt:
+            model = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
+            models["nanoGPT"] = model.to(self.device).eval()
         return models
 
-    def random(self, *shape):
+    def add(self, row):
+        self.rows.append(row)
+        print_row(row)
+
+    def random_tokens(self, *shape):
         return torch.randint(VOCAB, shape, device=self.device)
 
-    def memory(self, make_job, size, shape):
-        """{rival: peak memory of a job, in words}"""
-        found = peak_memories(make_job, rivals(size).values(), self.dtype, self.device, shape)
-        return {name: f"{mib:,.0f} MiB" for name, mib in zip(rivals(size), found)}
+    def peak_memory(self, make_job, size, shape):
+        """{rival: MiB that a job takes at its peak on tokens of a shape, or None}"""
+        configs = rivals(size)
+        found = peak_memories(make_job, configs.values(), self.dtype, self.device, shape)
+        return dict(zip(configs, found))
 
-    def rate(self, make_job, model, idx):
-        """Tokens per second of a job: a function that runs it once."""
-        job = make_job(model, self.context, idx)
-        return lambda: idx.numel() / timed(job, self.device)
+    def rate(self, job, n_tokens, device=None):
+        """A function that does a job on so many tokens once -> tokens per second."""
+        def measure():
+            return n_tokens / timed(job, device or self.device)
+        return measure
 
     def training(self):
-        """Whole updates, their peak memory, and the share of the hardware's matmul peak (MFU)."""
-        for size, segments in product(SIZES[self.kind], (1, 4, 16)):
+        """Whole steps, their peak memory, and their share of the hardware's matmul peak (MFU)."""
+        for size, segments in product(self.sizes, (1, 4, 16)):
             length = segments * size["block_size"]
-            idx = self.random(max(1, TOKENS[self.kind] // length), length)
+            idx = self.random_tokens(max(1, self.step_tokens // length), length)
             torch.compiler.reset()  # it compiles a function for eight shapes, no more
-            models, memory = self.models(size, peer=segments == 1), {} if self.config.compile else self.memory(update, size, idx.shape)
-            self.compare(f"training, {size['n_layer']} x {size['n_embd']}, {segments} segments of {size['block_size']}", "tokens/s",
-                         {name: self.rate(update, torch.compile(model) if self.config.compile else model, idx) for name, model in models.items()},
-                         lambda name, rate: f"{memory.get(name, '-')}, MFU {rate * training_flops(models[name]) / self.peak:.0%}")
+            models = self.models(size, with_nanogpt=segments == 1)
+            jobs, flops = {}, {}
+            for name, model in models.items():
+                step = training_step(model, self.context, idx, self.config.compile)
+                jobs[name] = self.rate(step, idx.numel())
+                flops[name] = training_flops(model)
+            peaks = {}
+            if not self.config.compile:
+                peaks = self.peak_memory(training_step, size, idx.shape)
+            what = f"training, {name_of(size)}, {segments} segments of {size['block_size']}"
+            rows = take_turns("training", what, jobs, self.config.repeats)
+            for name, row in rows.items():
+                mfu = 100 * row.tokens_per_s * flops[name] / self.peak
+                self.add(row._replace(peak_memory_mib=peaks.get(name), mfu_percent=mfu,
+                                      dtype=self.dtype))
 
     @torch.no_grad()
     def generation(self):
-        """Token by token, batch 1, in float32 as sample.py does, and the seconds until the first one."""
-        def rate(name, tokens):
-            def job():
-                stream = tokens()
-                latency.setdefault(name, []).append(timed(lambda: next(stream), self.device))
-                return N_NEW / timed(lambda: list(islice(stream, N_NEW)), self.device)
-            return job
+        """Token by token, batch 1, in float32 as sample.py does, and the time to the first one."""
+        for size, length in product(self.sizes, up_to(self.config.max_length, (64, 1024, 16384))):
+            idx = self.random_tokens(1, length)
+            models = self.models(size, with_nanogpt=True)
+            streams = {"vanilla, recomputed": partial(recompute, models["vanilla, window"])}
+            for name, model in models.items():
+                is_ours = isinstance(model, LM2)
+                streams[name] = model.stream if is_ours else partial(recompute, model)
+            first_tokens = {name: [] for name in streams}  # seconds
+            jobs = {name: self.generation_rate(stream, idx, first_tokens[name])
+                    for name, stream in streams.items()}
+            what = f"generation, {name_of(size)}, after {length} tokens"
+            rows = take_turns("generation", what, jobs, self.config.repeats)
+            for name, row in rows.items():
+                milliseconds = 1000 * median(first_tokens[name][1:])  # without the warm-up
+                self.add(row._replace(first_token_ms=milliseconds, dtype="float32"))
 
-        for size, length in product(SIZES[self.kind], (n for n in (64, 1024, 16384) if n <= self.config.max_length)):
-            latency, idx, models = {}, self.random(1, length), self.models(size, peer=True)
-            tokens = {"vanilla, recomputed": partial(recompute, models["vanilla, window"], idx, N_NEW + 1)}
-            tokens |= {name: partial(model.stream, idx, N_NEW + 1) for name, model in models.items()}
-            self.compare(f"generation, {size['n_layer']} x {size['n_embd']}, after {length} tokens", "tokens/s",
-                         {name: rate(name, start) for name, start in tokens.items()},
-                         lambda name, _: f"first token after {1000 * median(latency[name]):,.0f} ms")
+    def generation_rate(self, stream, idx, first_tokens):
+        """A function that generates once -> tokens per second behind the first, which it times."""
+        def measure():
+            tokens = stream(idx, 1 + N_NEW)
+            first_tokens.append(timed(partial(next, tokens), self.device))
+            return N_NEW / timed(partial(list, tokens), self.device)
+        return measure
 
     def reading(self):
-        """A long context, batch 1."""
-        for length in (n for n in (1024, 4096, 16384, 65536, 131072) if n <= self.config.max_length):
-            size, idx = SIZES[self.kind][0], self.random(1, length)
-            memory = self.memory(read, size, (1, length))
-            self.compare(f"reading {length} tokens", "tokens/s", {name: self.rate(read, model, idx) for name, model in self.models(size).items()},
-                         lambda name, _: memory[name])
+        """A long text, batch 1."""
+        size = self.sizes[0]
+        for length in up_to(self.config.max_length, (1024, 4096, 16384, 65536, 131072)):
+            idx = self.random_tokens(1, length)
+            peaks = self.peak_memory(reading, size, idx.shape)
+            jobs = {name: self.rate(reading(model, self.context, idx), length)
+                    for name, model in self.models(size).items()}
+            what = f"reading {length} tokens"
+            rows = take_turns("reading", what, jobs, self.config.repeats)
+            for name, row in rows.items():
+                self.add(row._replace(peak_memory_mib=peaks[name], dtype=self.dtype))
 
     def data(self):
-        """The data path, on one core: text batches, stories in a haystack."""
-        text, rng = read_text(self.config.corpus)[0][:200_000], np.random.default_rng(0)
-        tokenizer = build("bpe", tokenizer_text(text), VOCAB)
-        haystack = Haystack(text, tokenizer)
-        pieces = [encode_line(line, tokenizer)[0] for line in simulate("qa2", random.Random(0))]
-        rate = lambda tokens, job: tokens / timed(job, torch.device("cpu"))
-        self.compare("data, batches of 12 x 1,000 tokens", "tokens/s", {
-            "text": lambda: rate(12_000, lambda: get_batch(haystack.ids, 1000, 12, 0, 0)),
-            "haystack, a story in 1,000 tokens": lambda: rate(12_000, lambda: [haystack.mix(pieces, 1000, rng) for _ in range(12)]),
-            "training batch, simulation included": lambda: rate(12_000, lambda: training_batch(["qa1", "qa2"], 1000, haystack, tokenizer, 12, 0, 0))})
+        """The data path, on one core: batches of text, stories in a haystack."""
+        haystack, tokenizer = open_haystack(self.config.corpus)
+        rng = np.random.default_rng(0)
+        story = simulate("qa2", random.Random(0))
+        pieces = [encode_line(line, tokenizer)[0] for line in story]
+
+        def text():
+            get_batch(haystack.ids, DATA_LENGTH, DATA_BATCH, seed=0, step=0)
+
+        def hide_stories():
+            for _ in range(DATA_BATCH):
+                haystack.mix(pieces, DATA_LENGTH, rng)
+
+        def simulate_stories():
+            training_batch(["qa1", "qa2"], DATA_LENGTH, haystack, tokenizer, DATA_BATCH, 0, 0)
+
+        jobs = {"text": text, "haystack, a story in 1,000 tokens": hide_stories,
+                "training batch, simulation included": simulate_stories}
+        rates = {name: self.rate(job, DATA_BATCH * DATA_LENGTH, torch.device("cpu"))
+                 for name, job in jobs.items()}
+        what = "data, batches of 12 x 1,000 tokens"
+        for row in take_turns("data", what, rates, self.config.repeats).values():
+            self.add(row)
 
     def profile(self):
-        """Where the time of an update, 16 segments to a sequence, and of a generation goes."""
-        ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
-
-        def with_data(job, idx):
-            with scope("data"):
-                idx.copy_(get_batch(ids, idx.size(1), len(idx), 0, 0)[0])
-            job()
-
-        for size in SIZES[self.kind]:
-            length, models = 16 * size["block_size"], self.models(size, peer=True)
-            idx = self.random(max(1, TOKENS[self.kind] // length), length)
-            jobs = {name: partial(with_data, update(models[name], self.context, idx), idx) for name in ("vanilla, window", "RMT", "LM2 attend")}
+        """Where the time of a training step (16 segments a sequence) and of a generation goes."""
+        for size in self.sizes:
+            length = 16 * size["block_size"]
+            idx = self.random_tokens(max(1, self.step_tokens // length), length)
+            models = self.models(size, with_nanogpt=True)
             generator = as_if_trained(rivals(size)["LM2 attend"], self.device)
+            jobs = {name: self.step_with_data(models[name], idx)
+                    for name in ("vanilla, window", "RMT", "LM2 attend")}
             jobs[f"{N_NEW} tokens of LM2"] = lambda: list(generator.stream(idx[:1, :1], N_NEW))
-            if "nanoGPT" in models:  # as many tokens, one segment at a time
+            if "nanoGPT" in models:  # as many tokens, a segment at a time
                 segments = idx.view(-1, size["block_size"])
-                jobs["nanoGPT"] = partial(with_data, update(models["nanoGPT"], self.context, segments), segments)
-            print_parts(f"ms, {size['n_layer']} x {size['n_embd']}", jobs, self.repeats, self.peak, self.device)
+                jobs["nanoGPT"] = self.step_with_data(models["nanoGPT"], segments)
+            title, repeats = f"ms, {name_of(size)}", self.config.repeats
+            print_scopes(title, jobs, repeats, self.peak, self.device)
+
+    def step_with_data(self, model, idx):
+        """A function that draws a batch of the shape of idx and makes a training step."""
+        ids = np.random.default_rng(0).integers(VOCAB, size=1 << 20)
+        step = training_step(model, self.context, idx)
+
+        def job():
+            with scope("data"):
+                x, _ = get_batch(ids, idx.size(1), len(idx), seed=0, step=0)
+                idx.copy_(x)
+            step()
+        return job
 
     def soak(self):
         """Generate a million tokens."""
-        soak(as_if_trained(rivals(SIZES[self.kind][0])["LM2 attend"], self.device), 1_000_000)
+        soak(as_if_trained(rivals(self.sizes[0])["LM2 attend"], self.device), 1_000_000)
 
 
 def main():
     config, _ = parse(BenchConfig, __doc__)
     with user_errors():
         bench = Bench(config)
-        print(f"{bench.device} in {bench.dtype}, {torch.get_num_threads()} threads, matmul peak {bench.peak / 1e9:,.0f} GF/s, "
-              f"torch {torch.__version__}, median and quartiles of {config.repeats}\n")
-        if config.profile or config.soak:
-            return bench.profile() if config.profile else bench.soak()
-        print("| what | rival | median | quartiles | ratio | peak memory, share of matmul peak |\n| --- | --- | ---: | --- | ---: | --- |")
-        for part in config.parts.split(","):
-            getattr(bench, part)()
-        if config.csv:
-            bench.write_csv(config.csv)
-        if config.plot:
-            bench.write_plot(config.plot)
+        bench.check()
+        print(f"{bench.device} in {bench.dtype}, {torch.get_num_threads()} threads, "
+              f"matmul peak {bench.peak / 1e9:,.0f} GF/s, torch {torch.__version__}, "
+              f"median and quartiles of {config.repeats}\n")
+        if config.profile:
+            bench.profile()
+        elif config.soak:
+            bench.soak()
+        else:
+            bench.run()
 
 
 if __name__ == "__main__":

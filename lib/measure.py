@@ -1,21 +1,20 @@
-"""How bench.py measures: time, memory and the hardware's peak; the jobs; tables, plots, and where the time of an update goes."""
-import csv
-import math
+"""
+How bench.py measures: time, peak memory and the hardware's limit; the jobs that it measures; and
+where the time of a job goes.
+"""
 import re
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, redirect_stdout
-from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import patch
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -23,71 +22,129 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from baselines import rmt
-from data.files import atomic_open
 from lib import checkpoint
 from lib.device import autocast
-from lm2 import MLP, Attention, MemoryBank, sample
+from lib.optim import make_optimizers
+from lm2 import LM2, MLP, Attention, MemoryBank, draw_token
 
-PARTS = (("queries, keys, values", Attention, "project"), ("attention", Attention, "forward"), ("read", MemoryBank, "keys_values"),
-         ("read", MemoryBank, "read"), ("output gate", MemoryBank, "output_gate"), ("write", MemoryBank, "write"),
-         ("gates", MemoryBank, "gates"), ("MLP", MLP, "forward"), ("attention", rmt, "attend"))  # a part within another counts alone
+MIB = 2 ** 20
 
+
+# --- Time and the hardware's limit
 
 def timed(function, device):
     """Seconds that a function takes, the device's work included."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+    finish_work(device)
     start = time.perf_counter()
     function()
-    wait()
+    finish_work(device)
     return time.perf_counter() - start
+
+
+def finish_work(device):
+    """Wait until a GPU has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def matmul_peak(dtype, device):
     """Floating point operations per second in a large matrix product: what the hardware can do."""
     n = 8192 if device.type == "cuda" else 1024
     x = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    return 2 * n ** 3 / min(timed(lambda: x @ x, device) for _ in range(20))
+    seconds = min(timed(lambda: x @ x, device) for _ in range(20))
+    return 2 * n ** 3 / seconds
 
 
 def matmul_flops(job):
-    """Floating point operations of all matmuls of a job, those of attention and of Muon included."""
-    attention = "_scaled_dot_product_flash_attention"
-    for suffix in ("", "_backward"):  # PyTorch's counter does not know this operation by its name on a CPU
-        flop_registry[getattr(torch.ops.aten, f"{attention}_for_cpu{suffix}")] = flop_registry[getattr(torch.ops.aten, attention + suffix)]
+    """Floating point operations of all matmuls of a job, those of attention and Muon included."""
+    known = "_scaled_dot_product_flash_attention"
+    for backward in ("", "_backward"):  # the counter does not know this operation's name on a CPU
+        on_cpu = getattr(torch.ops.aten, f"{known}_for_cpu{backward}")
+        flop_registry[on_cpu] = flop_registry[getattr(torch.ops.aten, known + backward)]
     with FlopCounterMode(display=False) as counter:
         job()
     return counter.get_total_flops()
 
 
 def training_flops(model):
-    """Floating point operations of training on one token: 6 a parameter, and attention to block_size tokens (PaLM, appendix B)."""
+    """
+    Floating point operations of training on one token: 6 a parameter, and those of attention to
+    block_size tokens (PaLM, appendix B).
+    """
     c = model.config
-    return 6 * sum(p.numel() for name, p in model.named_parameters() if not name.startswith("embedding")) + 12 * c.n_layer * c.n_embd * c.block_size
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    parameters = sum(n for name, n in sizes.items() if not name.startswith("embedding"))
+    return 6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size
 
+
+# --- Peak memory
 
 def resident(key="VmRSS"):
-    """MiB of memory that this process has now (VmRSS) or had at its peak (VmHWM), by Linux's count."""
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 10
+    """
+    MiB that this process holds now (VmRSS) or held at its peak (VmHWM), by Linux's count; None
+    where the system does not tell, as on macOS.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"{key}:\s+(\d+) kB", status)
+    return int(found[1]) / 2 ** 10 if found else None
 
 
 def peak_memory(job, device):
-    """MiB that a job takes at its peak. On a CPU: what becomes resident, so it needs a process of its own."""
+    """
+    MiB that a job takes at its peak, or None where nothing tells. On a CPU it is what becomes
+    resident, so that the job needs a process of its own.
+    """
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
         job()
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    except OSError:
+        return None
     before = resident()
     job()
-    return resident("VmHWM") - before
+    peak = resident("VmHWM")
+    return None if before is None or peak is None else peak - before
 
+
+def peak_memory_of(make_job, config, dtype, device, shape):
+    """`peak_memory` of a job of a new model, on random tokens of a shape (B, L)."""
+    model = as_if_trained(config, device)
+    idx = torch.randint(config.vocab_size, shape, device=device)
+    return peak_memory(make_job(model, autocast(dtype, device), idx), device)
+
+
+def peak_memories(make_job, configs, dtype, device, shape):
+    """`peak_memory_of` for each LM2Config, a list; on a CPU in a new process each."""
+    if device.type == "cuda":
+        return [peak_memory_of(make_job, config, dtype, device, shape) for config in configs]
+    if resident("VmHWM") is None:
+        return [None for _ in configs]
+    found = []
+    for config in configs:
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            future = process.submit(peak_memory_of, make_job, config, dtype, device, shape)
+            try:
+                found.append(future.result())
+            except BrokenProcessPool:  # the system ended it, for want of memory
+                found.append(None)
+    return found
+
+
+# --- Models and jobs
 
 def as_if_trained(config, device):
     """
-    A new model of an LM2Config, as far from its start as if it were trained. At the start its head is zero and its memory is shut: a bank
-    that nothing enters falls to denormal numbers, which a CPU multiplies at a fraction of its speed.
+    A new model of an LM2Config, as far from its start as if it were trained. At the start its
+    memory is shut, and a bank that nothing enters falls to denormal numbers, which a CPU multiplies
+    at a fraction of its speed.
     """
     model = checkpoint.make_model(config).to(device).eval()
     for p in model.parameters():
@@ -95,30 +152,18 @@ def as_if_trained(config, device):
     return model
 
 
-def memory_of(make_job, config, dtype, device, shape):
-    """Peak memory in MiB of a job of a new model, on random tokens of a shape (B, L)."""
-    model = as_if_trained(config, device)
-    return peak_memory(make_job(model, autocast(dtype, device), torch.randint(config.vocab_size, shape, device=device)), device)
-
-
-def peak_memories(make_job, configs, dtype, device, shape):
-    """`memory_of` for each LM2Config, on a CPU in a new process each."""
-    jobs = [(make_job, config, dtype, device, shape) for config in configs]
-    if device.type == "cuda":
-        return [memory_of(*job) for job in jobs]
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.starmap(memory_of, jobs, chunksize=1)
-
-
-# --- Jobs to measure
-
-def update(model, context, idx):
-    """A function that makes a whole update: forward, backward and optimizers."""
-    optimizers = model.train().configure_optimizers(0.02, 2e-3, 0.0, idx.device.type)
+def training_step(model, context, idx, compiled=False):
+    """A function that makes a whole training step: forward, backward and optimizers."""
+    model.train()
+    if isinstance(model, LM2):
+        optimizers = make_optimizers(model, learning_rate=0.02, adam_lr=2e-3, weight_decay=0.0)
+    else:
+        optimizers = [nanogpt_optimizer(model, idx.device)]
+    forward = torch.compile(model) if compiled else model
 
     def job():
         with context:
-            loss = model(idx, idx)[1]
+            loss = forward(idx, idx)[1]
         loss.backward()
         for optimizer in optimizers:
             with context:
@@ -127,153 +172,216 @@ def update(model, context, idx):
     return job
 
 
-def read(model, context, idx):
-    """A function that reads a context to its end and draws the first token behind it."""
+def reading(model, context, idx):
+    """A function that reads a text to its end and draws the first token behind it."""
     def job():
         with context:
             next(model.stream(idx, 1))
     return job
 
 
-def nanogpt(folder, config):
-    """
-    nanoGPT's GPT of the size of an LM2Config, made by the model.py in a folder. It trains with its own optimizer and generates as it
-    does, behind the names that LM2 has: `configure_optimizers`, `stream`.
-    """
-    spec = spec_from_file_location("nanogpt", Path(folder) / "model.py")
-    module = module_from_spec(spec)
-    with redirect_stdout(StringIO()):  # it reports on itself
-        spec.loader.exec_module(module)
-        model = module.GPT(module.GPTConfig(block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
-                                            n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=False))
-
-    its_optimizer = model.configure_optimizers
-
-    def configure_optimizers(learning_rate, adam_lr, weight_decay, device_type):
-        with redirect_stdout(StringIO()):
-            return [its_optimizer(weight_decay, adam_lr, (0.9, 0.99), device_type)]
-    model.configure_optimizers, model.stream = configure_optimizers, partial(recompute, model)
-    return model
-
-
 def recompute(model, idx, max_new_tokens):
-    """`stream` as nanoGPT generates: without a cache, each token reads the last block_size tokens again."""
+    """`stream` as nanoGPT generates: no cache, each token reads block_size tokens again."""
     for _ in range(max_new_tokens):
-        token = sample(model(idx[:, -model.config.block_size:])[0][:, -1])
+        window = idx[:, -model.config.block_size:]
+        token = draw_token(model(window)[0][:, -1])
         yield token
         idx = torch.cat((idx, token[:, None]), dim=1)
 
 
-# --- Results
+def nanogpt(folder, config):
+    """
+    nanoGPT's GPT of the size of an LM2Config, made by the model.py in a folder. Raises ValueError
+    where that is not nanoGPT's.
+    """
+    spec = spec_from_file_location("nanogpt", Path(folder) / "model.py")
+    module = module_from_spec(spec)
+    try:
+        with redirect_stdout(StringIO()):  # it reports on itself
+            spec.loader.exec_module(module)
+            model = module.GPT(module.GPTConfig(
+                block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
+                n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=False))
+        nanogpt_optimizer(model, torch.device("cpu"))
+        next(recompute(model, torch.zeros(1, 1, dtype=torch.long), 1))
+    except (Exception, SystemExit) as e:  # it may be any program
+        raise ValueError(f"nanogpt={folder} has no model.py like nanoGPT's ({e!r}): name a clone "
+                         "of github.com/karpathy/nanoGPT") from None
+    return model
+
+
+def nanogpt_optimizer(model, device):
+    """The optimizer that nanoGPT makes for itself."""
+    with redirect_stdout(StringIO()):
+        return model.configure_optimizers(weight_decay=0.0, learning_rate=2e-3, betas=(0.9, 0.99),
+                                          device_type=device.type)
+
+
+# --- Where the time of a job goes
+
+SCOPES = (
+    ("queries, keys, values", Attention, "project"),
+    ("attention", Attention, "forward"),
+    ("attention", rmt, "attend"),
+    ("read", MemoryBank, "keys_values"),
+    ("read", MemoryBank, "read"),
+    ("output gate", MemoryBank, "output_gate"),
+    ("write", MemoryBank, "write_attend"),
+    ("write", MemoryBank, "write_aligned"),
+    ("gates", MemoryBank, "gates"),
+    ("MLP", MLP, "forward"),
+)  # the functions that count for a scope; a scope within another counts for itself alone
+
 
 def scope(name):
-    """The context in which time counts as that of a part."""
-    return record_function(f"part {name}")
+    """The context in which time counts for a scope."""
+    return record_function(f"scope {name}")
 
 
-def time_by_part(job, device):
+def scoped(name, function):
+    """A function whose time counts for a scope."""
+    def inside(*args, **kwargs):
+        with scope(name):
+            return function(*args, **kwargs)
+    return inside
+
+
+def scope_of(event, forward_scopes):
     """
-    Seconds of a job by part of the block, an update's backward pass included: {part: seconds}, the longest first. The profiler's
-    own work is in them, so what counts is their shares.
+    The scope in which an operation was called, and "rest" outside of all. An operation of the
+    backward pass belongs where its forward operation was called: {sequence number: scope}.
     """
-    def scoped(name, function):
-        def inside(*args, **kwargs):
-            with scope(name):
-                return function(*args, **kwargs)
-        return inside
+    while event:
+        if event.name.startswith("scope "):
+            return event.name.removeprefix("scope ")
+        if event.name.startswith("Optimizer.step"):
+            return "optimizer"
+        if event.name.startswith("autograd::engine::evaluate_function"):
+            return forward_scopes.get(event.sequence_nr, "rest")
+        event = event.cpu_parent
+    return "rest"
 
-    def part(event):
-        """The part in which an operation was called; in the backward pass that of its forward operation."""
-        while event:
-            if event.name.startswith("part "):
-                return event.name[5:]
-            if event.name.startswith("Optimizer.step"):
-                return "optimizer"
-            if event.name.startswith("autograd::engine::evaluate_function"):
-                return forward.get(event.sequence_nr, "rest")
-            event = event.cpu_parent
-        return "rest"
 
-    cuda = device.type == "cuda"
+def profiled(job, device):
+    """The profiler's events of a job, each within its scope."""
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
     with ExitStack() as stack:
-        for name, owner, function in PARTS:
-            stack.enter_context(patch.object(owner, function, scoped(name, getattr(owner, function))))
-        profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda))
+        for name, owner, function in SCOPES:
+            replacement = scoped(name, getattr(owner, function))
+            stack.enter_context(patch.object(owner, function, replacement))
+        profiler = stack.enter_context(profile(activities=activities))
         job()
-    forward, seconds = {}, Counter()
-    for event in profiler.events():
+    return profiler.events()
+
+
+def time_by_scope(job, device):
+    """
+    Seconds of a job by scope, the backward pass included: {scope: seconds}, the longest first. The
+    profiler's own work is in them, so that what counts is their shares.
+    """
+    events = profiled(job, device)
+    forward_scopes = {}
+    for event in events:
         if event.sequence_nr >= 0 and not event.name.startswith("autograd::"):
-            forward.setdefault(event.sequence_nr, part(event))
-    for event in profiler.events():
-        seconds[part(event)] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+            forward_scopes.setdefault(event.sequence_nr, scope_of(event, forward_scopes))
+    seconds = Counter()
+    for event in events:
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        seconds[scope_of(event, forward_scopes)] += own / 1e6
     return dict(seconds.most_common())
 
 
-def print_parts(title, jobs, repeats, peak, device):
+def print_scopes(title, jobs, repeats, peak, device):
     """
-    A table of where the time of jobs goes, a column each: their median time (they take turns, after a warm-up), spread over the parts
-    as the profiler finds it, and what their matmuls would take at the hardware's peak: the floor.
+    A table of where the time of jobs goes, a column each: their median time (they take turns, after
+    a warm-up), spread over the scopes as the profiler finds it, and what their matmuls would take
+    at the hardware's peak: the floor.
     """
-    laps, columns = [[timed(job, device) for job in jobs.values()] for _ in range(repeats + 1)], []
-    for job, total in zip(jobs.values(), np.median(laps[1:], axis=0)):
-        parts = time_by_part(job, device)
-        columns.append({name: seconds / sum(parts.values()) * total for name, seconds in parts.items()})
-        columns[-1] |= {"all of it": total, "its matmuls at the matmul peak": matmul_flops(job) / peak}
-    print(f"\n| {title} | {' | '.join(jobs)} |\n| --- |{' ---: |' * len(jobs)}")
+    laps = [[timed(job, device) for job in jobs.values()] for _ in range(1 + repeats)]
+    totals = np.median(laps[1:], axis=0)
+    columns = []
+    for job, total in zip(jobs.values(), totals):
+        found = time_by_scope(job, device)
+        share = total / sum(found.values())
+        column = {name: seconds * share for name, seconds in found.items()}
+        column["all of it"] = total
+        column["its matmuls at the matmul peak"] = matmul_flops(job) / peak
+        columns.append(column)
+    print(f"\n| {title} | {' | '.join(jobs)} |")
+    print("| --- |" + " ---: |" * len(jobs))
     for name in max(columns, key=len):
-        print(f"| {name} | {' | '.join(f'{1000 * column.get(name, 0):,.1f}' for column in columns)} |", flush=True)
+        milliseconds = [f"{1000 * column.get(name, 0):,.1f}" for column in columns]
+        print(f"| {name} | {' | '.join(milliseconds)} |", flush=True)
 
 
 @torch.no_grad()
 def soak(model, n_tokens):
     """
-    Generate on and on; at each power of ten print how much memory is in use, and what the logits differ by when the whole text is
-    read again.
+    Generate on and on. At each power of ten print how many MiB are in use, and by how much the
+    logits differ from those of the whole text, read once more.
     """
-    device, milestones = model.head.weight.device, {10 ** k for k in range(1, 7)}
-    state, seen = None, torch.zeros(1, n_tokens + 1, dtype=torch.long, device=device)
+    device = model.head.weight.device
+    seen = torch.zeros(1, n_tokens + 1, dtype=torch.long, device=device)
+    state, milestone = None, 10
     print("| tokens | MiB in use | largest difference of a logit |\n| ---: | ---: | ---: |")
-    for i in tqdm(range(n_tokens), leave=False):
-        x, state = model.features(seen[:, i:i + 1], state)
+    for n in tqdm(range(1, n_tokens + 1), leave=False):
+        x, state = model.features(seen[:, n - 1:n], state)
         logits = model.head(x[:, -1])
-        seen[:, i + 1] = sample(logits)
-        if i + 1 in milestones:
-            again = None
-            for chunk in seen[:, :i + 1].split(16 * model.config.block_size, dim=1):
-                x, again = model.features(chunk, again)
-            used = torch.cuda.memory_allocated() / 2 ** 20 if device.type == "cuda" else resident()
-            print(f"| {i + 1:,} | {used:,.0f} | {(model.head(x[:, -1]) - logits).abs().max():.1e} |", flush=True)
+        seen[:, n] = draw_token(logits)
+        if n == milestone:
+            difference = (last_logits(model, seen[:, :n]) - logits).abs().max()
+            used = in_use(device)
+            used = "-" if used is None else f"{used:,.0f}"
+            print(f"| {n:,} | {used} | {difference:.1e} |", flush=True)
+            milestone *= 10
 
 
-class Table:
-    """Figures of rivals that take turns, printed as they come in."""
+def last_logits(model, idx):
+    """The logits behind a long text, which is read in pieces."""
+    state = None
+    for chunk in idx.split(16 * model.config.block_size, dim=1):
+        x, state = model.features(chunk, state)
+    return model.head(x[:, -1])
 
-    def __init__(self, repeats):
-        self.repeats, self.rows = repeats, []
 
-    def compare(self, what, unit, jobs, note=lambda name, figure: ""):
-        """jobs {rival: function -> figure}, in turns after a warm-up: a row for each rival, with its ratio to the first one."""
-        laps = [[job() for job in jobs.values()] for _ in tqdm(range(self.repeats + 1), desc=what, leave=False)]
-        quartiles = np.quantile(laps[1:], (0.25, 0.5, 0.75), axis=0).T
-        for name, (low, middle, high) in zip(jobs, quartiles):
-            self.rows.append((what, name, unit, middle, low, high, middle / quartiles[0][1], note(name, middle)))
-            print("| {0} | {1} | {3:,.0f} {2} | {4:,.0f} to {5:,.0f} | {6:.2f} | {7} |".format(*self.rows[-1]), flush=True)
+def in_use(device):
+    """MiB that this process holds now, on a GPU those of its tensors; None where nothing tells."""
+    return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else resident()
 
-    def write_csv(self, path):
-        with atomic_open(path, "w", newline="") as f:
-            csv.writer(f).writerows([("what", "rival", "unit", "median", "quartile1", "quartile3", "ratio", "note"), *self.rows])
 
-    def write_plot(self, path):
-        """A panel for each comparison: medians as bars, quartiles as whiskers."""
-        comparisons = list(dict.fromkeys(row[0] for row in self.rows))
-        height = math.ceil(len(comparisons) / 3)
-        figure, axes = plt.subplots(height, 3, squeeze=False, figsize=(15, 2.2 * height), layout="constrained")
-        for ax, what in zip(axes.flat, comparisons):
-            _, names, units, middle, low, high, *_ = zip(*[row for row in reversed(self.rows) if row[0] == what])
-            ax.barh(names, middle, xerr=(np.subtract(middle, low), np.subtract(high, middle)), color="0.6")
-            ax.set(title=what, xlabel=units[0])
-        for ax in axes.flat[len(comparisons):]:
-            ax.remove()
-        with atomic_open(path) as f:
-            figure.savefig(f, dpi=120, format="png")
-        plt.close(figure)
+# --- Figures
+
+class Row(NamedTuple):
+    """What was measured of a model, as in the CSV file. None: not measured."""
+    part: str
+    what: str
+    model: str
+    tokens_per_s: float  # the median
+    quartile1: float
+    quartile3: float
+    ratio: float         # of the median to that of the first rival
+    peak_memory_mib: float | None = None
+    mfu_percent: float | None = None     # share of the hardware's matmul peak
+    first_token_ms: float | None = None  # from the beginning of the prompt on
+    dtype: str = ""                      # of the matmuls
+
+
+def take_turns(part, what, jobs, repeats):
+    """jobs: {rival: function -> tokens per second}, in turns after a warm-up -> {rival: Row}"""
+    laps = []
+    for _ in tqdm(range(1 + repeats), desc=what, leave=False):
+        laps.append([job() for job in jobs.values()])
+    low, middle, high = np.quantile(laps[1:], (0.25, 0.5, 0.75), axis=0).tolist()
+    return {name: Row(part, what, name, middle[i], low[i], high[i], middle[i] / middle[0])
+            for i, name in enumerate(jobs)}
+
+
+def print_row(row):
+    notes = ((row.peak_memory_mib, "{:,.0f} MiB"), (row.mfu_percent, "MFU {:.0f}%"),
+             (row.first_token_ms, "first token after {:,.0f} ms"))
+    notes = [words.format(figure) for figure, words in notes if figure is not None]
+    print(f"| {row.what} | {row.model} | {row.tokens_per_s:,.0f} tokens/s "
+          f"| {row.quartile1:,.0f} to {row.quartile3:,.0f} | {row.ratio:.2f} "
+          f"| {', '.join(notes)} |", flush=True)

@@ -1,12 +1,11 @@
-"""bench.py: what it measures and prints. How fast it is, is not tested."""
+"""bench.py: what it measures, prints and writes. How fast it is, is not tested."""
 import csv
-from unittest.mock import patch
 
 import pytest
 import torch
 
 import bench
-from bench import Bench, BenchConfig, rivals
+from bench import Bench, BenchConfig, rivals, up_to, write_plot
 from lib import measure
 from lm2 import LM2Config
 
@@ -15,49 +14,75 @@ SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
 
 def test_rivals_share_a_size_and_differ_in_memory_alone():
     configs = rivals(SIZE)
-    assert [(c.memory, c.attention, c.mem_write, c.mem_slots) for c in configs.values()] == [
-        ("none", "window", "attend", 2), ("none", "full", "attend", 2), ("rmt", "window", "attend", 2), ("lm2", "window", "attend", 2),
-        ("lm2", "window", "aligned", 8)]
+    kinds = {name: (c.memory, c.attention, c.mem_write, c.mem_slots)
+             for name, c in configs.items()}
+    assert kinds == {
+        "vanilla, window": ("none", "window", "attend", 2),
+        "vanilla, full": ("none", "full", "attend", 2),
+        "RMT": ("rmt", "window", "attend", 2),
+        "LM2 attend": ("lm2", "window", "attend", 2),
+        "LM2 aligned": ("lm2", "window", "aligned", 8),
+    }
     assert {(c.n_layer, c.n_embd, c.block_size) for c in configs.values()} == {(2, 16, 8)}
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """bench.py with a model and an update that take no time."""
+    """A Bench with a model and a step that take no time."""
     monkeypatch.setitem(bench.SIZES, "cpu", [SIZE])
-    monkeypatch.setitem(bench.TOKENS, "cpu", 256)
+    monkeypatch.setitem(bench.STEP_TOKENS, "cpu", 256)
     monkeypatch.setattr(bench, "N_NEW", 4)
     return Bench(BenchConfig(repeats=1, max_length=1024, device="cpu", dtype="float32"))
 
 
-def test_training_and_reading_are_measured_for_each_rival(small, monkeypatch):
-    monkeypatch.setattr(small, "memory", lambda *_: dict.fromkeys(rivals(SIZE), "1 MiB"))  # new processes are slow
+@pytest.fixture
+def without_peak_memory(small, monkeypatch):
+    """It needs new processes, which are slow."""
+    monkeypatch.setattr(small, "peak_memory", lambda *_: dict.fromkeys(rivals(SIZE), 1.0))
+
+
+# --- The benchmarks
+
+def test_training_and_reading_are_measured_for_each_rival(small, without_peak_memory, capsys):
     small.training()
     small.reading()
-    assert [row[0] for row in small.rows[::5]] == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)] + ["reading 1024 tokens"]
-    assert [row[1] for row in small.rows] == 4 * list(rivals(SIZE))
-    assert "1 MiB, MFU" in small.rows[0][-1]
+    training = [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)]
+    assert [row.what for row in small.rows[::5]] == [*training, "reading 1024 tokens"]
+    assert [row.model for row in small.rows] == 4 * list(rivals(SIZE))
+    assert all(row.tokens_per_s > 0 and row.peak_memory_mib == 1 for row in small.rows)
+    assert all(row.mfu_percent > 0 for row in small.rows if row.part == "training")
+    assert "| 1 MiB, MFU " in capsys.readouterr().out
 
 
-def test_compiled_are_all_rivals_and_their_memory_is_not_told(small, monkeypatch):
+def test_compiled_are_all_rivals_and_their_peak_memory_is_not_told(small, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model) or model)
     small.config.compile = True
     small.training()
-    assert len(compiled) == 3 * len(rivals(SIZE)) and {model.config.memory for model in compiled} == {"lm2", "rmt", "none"}
-    assert small.rows[0][-1].startswith("-, MFU")
+    assert len(compiled) == 3 * len(rivals(SIZE))
+    assert {model.config.memory for model in compiled} == {"lm2", "rmt", "none"}
+    assert {row.peak_memory_mib for row in small.rows} == {None}
 
 
-def test_memory_is_that_of_a_new_process(small):
-    with patch.dict(bench.__dict__, rivals=lambda size: {"vanilla": LM2Config(bench.VOCAB, memory="none", **SIZE)}):
-        assert small.memory(measure.read, SIZE, (1, 64))["vanilla"].endswith(" MiB")
+@pytest.mark.skipif(measure.resident("VmHWM") is None, reason="the system does not tell it")
+def test_peak_memory_is_that_of_a_new_process(small, monkeypatch):
+    config = LM2Config(bench.VOCAB, memory="none", **SIZE)
+    monkeypatch.setattr(bench, "rivals", lambda size: {"vanilla": config})
+    assert small.peak_memory(measure.reading, SIZE, (1, 64))["vanilla"] > 0
 
 
 def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
     small.generation()
-    assert [row[0] for row in small.rows[::6]] == ["generation, 2 x 16, after 64 tokens", "generation, 2 x 16, after 1024 tokens"]
-    assert [row[1] for row in small.rows[:6]] == ["vanilla, recomputed", *rivals(SIZE)]
-    assert "first token after" in small.rows[0][-1]
+    whats = [f"generation, 2 x 16, after {n} tokens" for n in (64, 1024)]
+    assert [row.what for row in small.rows[::6]] == whats
+    assert [row.model for row in small.rows[:6]] == ["vanilla, recomputed", *rivals(SIZE)]
+    assert all(row.tokens_per_s > 0 and row.first_token_ms > 0 for row in small.rows)
+    assert {row.dtype for row in small.rows} == {"float32"}  # whatever --dtype says
+
+
+def test_a_short_max_length_is_measured_itself():
+    assert up_to(1000, (64, 1024)) == [64] and up_to(1024, (64, 1024)) == [64, 1024]
+    assert up_to(1, (64, 1024)) == [1]
 
 
 NANOGPT = """
@@ -65,44 +90,57 @@ from dataclasses import dataclass
 import torch
 @dataclass
 class GPTConfig:
-    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
 class GPT(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         print("number of parameters: few")
-        self.config, self.wte = config, torch.nn.Embedding(config.vocab_size, config.vocab_size)
+        self.config = config
+        self.wte = torch.nn.Embedding(config.vocab_size, config.vocab_size)
     def forward(self, idx, targets=None):
         assert idx.size(1) <= self.config.block_size
-        return self.wte(idx)[:, slice(None) if targets is not None else slice(-1, None)], self.wte(idx).square().mean()
+        logits = self.wte(idx)
+        return logits if targets is not None else logits[:, -1:], logits.square().mean()
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         print("num decayed parameter tensors: one")
-        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
 """
 
 
-def test_nanogpt_takes_part_within_its_context(small, monkeypatch, tmp_path, capsys):
+def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_path, capsys):
     (tmp_path / "model.py").write_text(NANOGPT)
-    monkeypatch.setattr(small, "memory", lambda *_: {})
     small.config.nanogpt = str(tmp_path)
+    small.check()
     small.training()
     small.generation()
-    assert [row[0] for row in small.rows if row[1] == "nanoGPT"] == [
-        "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, after 64 tokens", "generation, 2 x 16, after 1024 tokens"]
-    assert all(row[3] > 0 for row in small.rows) and "number of" not in capsys.readouterr().out
+    assert [row.what for row in small.rows if row.model == "nanoGPT"] == [
+        "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, after 64 tokens",
+        "generation, 2 x 16, after 1024 tokens"]
+    assert all(row.tokens_per_s > 0 for row in small.rows)
     small.profile()
-    assert "| 4 tokens of LM2 | nanoGPT |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| 4 tokens of LM2 | nanoGPT |" in out
+    assert "number of" not in out and "num decayed" not in out
 
 
 def test_profile_names_the_parts_of_the_block_and_the_floor(small, capsys):
     small.profile()
-    head, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().splitlines()]
+    lines = capsys.readouterr().out.strip().splitlines()
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
     rows = {name: [float(ms) for ms in columns] for name, *columns in rows}
-    assert head[1:] == ["vanilla, window", "RMT", "LM2 attend", "4 tokens of LM2"]
-    assert rows.keys() == {"queries, keys, values", "attention", "read", "output gate", "write", "gates", "MLP", "data", "optimizer", "rest",
-                           "all of it", "its matmuls at the matmul peak"}
-    assert all(rows["attention"]) and rows["read"][:2] == [0, 0] and rows["data"][3] == 0
-    *parts, whole, floor = map(sum, rows.values())
-    assert sum(parts) == pytest.approx(whole, rel=0.1) and floor < whole
+    assert head == ["ms, 2 x 16", "vanilla, window", "RMT", "LM2 attend", "4 tokens of LM2"]
+    assert rows.keys() == {
+        "queries, keys, values", "attention", "read", "output gate", "write", "gates", "MLP",
+        "data", "optimizer", "rest", "all of it", "its matmuls at the matmul peak"}
+    assert all(rows["attention"])
+    assert rows["read"][:2] == [0, 0]  # without memory, and RMT
+    assert rows["data"][3] == 0        # of a generation
 
 
 def test_soak_is_a_million_tokens_of_a_model_whose_memory_is_open(small, monkeypatch):
@@ -110,20 +148,110 @@ def test_soak_is_a_million_tokens_of_a_model_whose_memory_is_open(small, monkeyp
     monkeypatch.setattr(bench, "soak", lambda model, n_tokens: calls.append((model, n_tokens)))
     small.soak()
     (model, n_tokens), = calls
-    assert n_tokens == 1_000_000 and model.head.weight.std() > 0.05 and model.blocks[0].memory.w_v.weight.std() > 0.05
+    assert n_tokens == 1_000_000
+    assert model.head.weight.std() > 0.05 and model.blocks[0].memory.w_v.weight.std() > 0.05
 
 
-def test_data_path_is_measured_and_written_as_csv(checkout, call):
-    code, out, err = call("bench.py", "--parts=data", "--repeats=1", "--corpus=play.txt", "--csv=out/bench.csv", "--plot=out/bench.png",
-                          "--device=cpu")
-    assert code == 0 and "| haystack, a story in 1,000 tokens |" in out, err
+# --- The program
+
+DATA = ("--parts=data", "--repeats=1", "--corpus=play.txt", "--device=cpu", "--dtype=float32")
+
+
+def test_data_path_is_measured_and_written_with_its_command(checkout, call):
+    files = ("--csv=out/bench.csv", "--plot=out/bench.png")
+    code, out, err = call("bench.py", *DATA, *files)
+    assert code == 0, err
+    assert "| haystack, a story in 1,000 tokens |" in out
     with open(checkout.folder / "out" / "bench.csv", newline="") as f:
-        assert all(float(row["median"]) > 0 for row in csv.DictReader(f))
+        rows = list(csv.DictReader(f))
+    assert [row["model"] for row in rows] == ["text", "haystack, a story in 1,000 tokens",
+                                              "training batch, simulation included"]
+    for row in rows:
+        assert float(row["tokens_per_s"]) > 0 and row["peak_memory_mib"] == ""
+        assert row["command"] == " ".join(("python", "bench.py", *DATA, *files))
+        assert (row["device"], row["torch"]) == ("cpu", torch.__version__)
     assert (checkout.folder / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("flag, message", [("--parts=gates", "part gates"), ("--repeats=0", "repeats=0"), ("--corpus=nowhere", "nowhere"),
-                                           ("--nanogpt=nowhere", "nowhere has no model.py")])
-def test_bad_input_is_refused_in_one_line(call, flag, message):
-    code, _, err = call("bench.py", "--parts=data", flag)
-    assert code == 2 and message in err and err.count("\n") == 1
+def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch, tmp_path):
+    def fail():
+        raise KeyboardInterrupt
+
+    small.config.csv = str(tmp_path / "bench.csv")
+    small.config.parts = "generation,reading"
+    monkeypatch.setattr(small, "reading", fail)
+    with pytest.raises(KeyboardInterrupt):
+        small.run()
+    assert (tmp_path / "bench.csv").read_text().count("\ngeneration,") == 12
+
+
+def test_an_old_file_stays_whole_where_the_new_one_cannot_be_made(small, monkeypatch, tmp_path):
+    path = tmp_path / "bench.png"
+    path.write_text("old")
+    row, = measure.take_turns("data", "what", {"a": lambda: 1.0}, repeats=1).values()
+
+    def fail(self, file, **_):
+        file.write(b"half of it")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="full"):
+        write_plot(path, [row])
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_plot_has_a_panel_for_each_comparison(tmp_path, monkeypatch, n):
+    panels = []
+    savefig = bench.plt.Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        panels.extend(figure.axes)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(bench.plt.Figure, "savefig", keep)
+    rows = []
+    for i in range(n):
+        jobs = {"a": lambda: 1.0, "b": lambda: 2.0}
+        rows += measure.take_turns("data", f"what {i}", jobs, repeats=1).values()
+    write_plot(tmp_path / "bench.png", rows)
+    assert [panel.get_title() for panel in panels] == [f"what {i}" for i in range(n)]
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--parts=gates"], "part gates in parts=gates is not known: use training, generation"),
+    (["--parts="], "parts="),
+    (["--parts=,"], "parts=,"),
+    (["--parts=data,data"], "data twice"),
+    (["--repeats=0"], "repeats=0 must be at least 1"),
+    (["--max_length=0"], "max_length=0 must be at least 1"),
+    (["--max_length=-5"], "max_length=-5 must be at least 1"),
+    (["--corpus=nowhere"], "nowhere"),
+    (["--corpus=short.txt"], "corpus=short.txt has"),
+    (["--nanogpt=nowhere"], "nanogpt=nowhere"),
+    (["--nanogpt=data"], "nanogpt=data"),
+    (["--csv=out"], "csv=out cannot be written (it is a folder)"),
+    (["--csv=play.txt/bench.csv"], "csv=play.txt/bench.csv cannot be written"),
+    (["--plot=play.txt/bench.png"], "plot=play.txt/bench.png cannot be written"),
+    (["--csv=" + 300 * "a"], "cannot be written (File name too long)"),
+    (["--csv=same", "--plot=same"], "one file"),
+    (["--profile", "--soak"], "exclude each other"),
+    (["--soak", "--csv=a.csv"], "leave them out"),
+])
+def test_bad_input_is_refused_in_one_line(checkout, call, flags, message):
+    (checkout.folder / "short.txt").write_text((checkout.folder / "play.txt").read_text()[:900])
+    (checkout.folder / "out").mkdir(exist_ok=True)
+    code, out, err = call("bench.py", *DATA, *flags)
+    assert code == 2 and message in err and err.count("\n") == 1, err
+    assert "|" not in out  # nothing was measured
+
+
+def test_without_a_compiler_compile_is_refused_in_one_line(call, monkeypatch):
+    def no_compiler(*_):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    code, out, err = call("bench.py", *DATA, "--compile")
+    assert code == 2 and "compiler" in err and err.count("\n") == 1
+    assert "|" not in out

@@ -1,66 +1,88 @@
-"""measure.py: what the figures of bench.py mean. How large they are, is not tested."""
+"""lib/measure.py: what the figures of bench.py mean. How large they are, is not tested."""
+import os
 import re
 import time
 
 import pytest
 import torch
 
-import bench
+from lib import measure
 from lib.measure import (
-    Table,
+    as_if_trained,
     matmul_flops,
+    nanogpt,
     peak_memories,
+    peak_memory,
+    print_row,
+    print_scopes,
     recompute,
+    resident,
     soak,
-    time_by_part,
+    take_turns,
+    time_by_scope,
     training_flops,
-    update,
+    training_step,
 )
-from lm2 import LM2, MLP, LM2Config
+from lm2 import MLP, LM2Config, MemoryBank
 
 VOCAB, CPU = 32, torch.device("cpu")
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
 FLOAT32 = torch.autocast("cpu", enabled=False)
+LINUX_TELLS = resident("VmHWM") is not None
 
 
 def model(**kwargs):
     """A model whose head and memory are at work."""
-    model = LM2(LM2Config(VOCAB, **SIZE | kwargs))
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return model.eval()
+    return as_if_trained(LM2Config(VOCAB, **{"mem_slots": 4} | SIZE | kwargs), CPU)
 
 
 def idx(*shape):
     return torch.randint(VOCAB, shape)
 
 
-def test_an_update_trains():
-    trained = model()
+# --- Jobs
+
+@pytest.mark.parametrize("kind", [dict(memory="none"), dict(memory="rmt"), dict(),
+                                  dict(mem_write="aligned", mem_slots=8)])
+def test_a_training_step_trains_all_weights(kind):
+    trained = model(**kind)
     before = [p.clone() for p in trained.parameters()]
-    update(trained, FLOAT32, idx(2, 16))()
-    assert sum(not torch.equal(p, q) for p, q in zip(trained.parameters(), before)) > len(before) / 2
+    training_step(trained, FLOAT32, idx(2, 24))()
+    for (name, p), q in zip(trained.named_parameters(), before):
+        assert not torch.equal(p, q), name
 
 
-def test_flops_are_six_a_parameter_and_attention():
-    vanilla = model(memory="none")
-    parameters = sum(p.numel() for p in vanilla.parameters()) - VOCAB * 16
-    assert training_flops(vanilla) == 6 * parameters + 12 * 2 * 16 * 8
-
-
-def test_peak_memory_grows_with_the_job():
-    config = LM2Config(bench.VOCAB, memory="none", **SIZE | {"n_embd": 64})
-    (small,), (large,) = (peak_memories(update, [config], "float32", CPU, (rows, 512)) for rows in (1, 64))
-    assert large > 2 * small > 0
-
-
-def test_recomputing_generates_what_the_cache_does():
-    """... as long as the window holds the whole text."""
+def test_recomputing_generates_what_the_cache_does_while_the_window_holds_the_text():
     vanilla, prompt = model(memory="none", block_size=32), idx(1, 8)
     torch.manual_seed(0)
     cached = list(vanilla.stream(prompt, 16))
     torch.manual_seed(0)
     assert list(recompute(vanilla, prompt, 16)) == cached
+
+
+@pytest.mark.parametrize("source", [
+    "",                                   # no GPT in it
+    "def GPT(",                           # no Python
+    "import torch_of_another_world",      # something lacks
+    "raise SystemExit(0)",                # a program
+    "class GPT: pass\nclass GPTConfig: pass",
+    "GPT = GPTConfig = dict",
+    None,                                 # no file
+])
+def test_what_is_not_nanogpt_is_refused_in_one_line(tmp_path, source):
+    if source is not None:
+        (tmp_path / "model.py").write_text(source)
+    with pytest.raises(ValueError, match="nanogpt=.*karpathy/nanoGPT") as e:
+        nanogpt(tmp_path, LM2Config(VOCAB, **SIZE, mem_slots=4))
+    assert "\n" not in str(e.value)
+
+
+# --- Time and operations
+
+def test_flops_are_six_a_parameter_and_attention():
+    vanilla = model(memory="none")
+    parameters = sum(p.numel() for p in vanilla.parameters()) - VOCAB * 16
+    assert training_flops(vanilla) == 6 * parameters + 12 * 2 * 16 * 8
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -71,54 +93,145 @@ def test_matmul_flops_of_a_matrix_product_and_of_attention(backward):
         y = torch.nn.functional.scaled_dot_product_attention(x, x, x) @ x.mT
         if backward:
             y.sum().backward()
-    attention, product = 2 * (2 * 2 * 3 * 8 * 8 * 4), 2 * 2 * 3 * 8 * 8 * 4
-    assert matmul_flops(job) == (attention * 3.5 + product * 3 if backward else attention + product)  # attention computes its scores again
+
+    product = 2 * 2 * 3 * 8 * 8 * 4
+    attention = 2 * product
+    if backward:  # attention computes its scores again
+        product, attention = 3 * product, 3.5 * attention
+    assert matmul_flops(job) == attention + product
 
 
-def test_time_goes_to_the_part_that_spends_it(monkeypatch):
-    lm2 = model()
-    monkeypatch.setattr(lm2.blocks[0].memory, "gates", lambda *args, gates=lm2.blocks[0].memory.gates: (time.sleep(0.5), gates(*args))[1])
-    seconds = time_by_part(update(lm2, FLOAT32, idx(2, 32)), CPU)
-    assert seconds.keys() >= {"queries, keys, values", "attention", "read", "output gate", "write", "gates", "MLP", "optimizer"}
-    assert max(seconds, key=seconds.get) == "write"  # it calls gates, which slept before its own time began
+@pytest.mark.parametrize("kind, write", [(dict(), "write_attend"),
+                                         (dict(mem_write="aligned", mem_slots=8), "write_aligned")])
+def test_each_scope_has_its_time(kind, write):
+    assert hasattr(MemoryBank, write)
+    seconds = time_by_scope(training_step(model(**kind), FLOAT32, idx(2, 32)), CPU)
+    assert seconds.keys() == {"queries, keys, values", "attention", "read", "output gate", "write",
+                              "gates", "MLP", "optimizer", "rest"}
+    assert min(seconds.values()) > 0
 
 
 class SlowBackward(torch.autograd.Function):
+    """The identity, whose backward pass takes long."""
+
     @staticmethod
     def forward(ctx, x):
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        time.sleep(0.5)
+        work(0.3)
         return grad
 
 
-def test_backward_pass_counts_for_its_part(monkeypatch):
-    monkeypatch.setattr(MLP, "forward", lambda self, x, forward=MLP.forward: SlowBackward.apply(forward(self, x)))
-    seconds = time_by_part(update(model(), FLOAT32, idx(2, 32)), CPU)
+def work(seconds):
+    """Keep the processor busy, however fast it is."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_time_goes_to_the_innermost_scope(monkeypatch):
+    gates = MemoryBank.gates
+
+    def slow_gates(self, *args):
+        work(0.3)
+        return gates(self, *args)
+
+    monkeypatch.setattr(MemoryBank, "gates", slow_gates)
+    seconds = time_by_scope(training_step(model(), FLOAT32, idx(2, 32)), CPU)
+    assert max(seconds, key=seconds.get) == "gates"  # not "write", which calls it
+
+
+def test_backward_pass_counts_for_its_scope(monkeypatch):
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: SlowBackward.apply(forward(self, x)))
+    seconds = time_by_scope(training_step(model(), FLOAT32, idx(2, 32)), CPU)
     assert max(seconds, key=seconds.get) == "MLP"
 
+
+def test_profile_leaves_the_model_as_it_was():
+    before = {name: getattr(owner, name) for _, owner, name in measure.SCOPES}
+    time_by_scope(lambda: None, CPU)
+    assert before == {name: getattr(owner, name) for _, owner, name in measure.SCOPES}
+
+
+def test_scopes_add_up_to_the_whole(capsys):
+    jobs = {"a": training_step(model(), FLOAT32, idx(2, 32))}
+    print_scopes("ms", jobs, 1, 1e15, CPU)
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.split("\n") if line]
+    found = {name: float(cell) for name, cell in lines[2:]}
+    floor = found.pop("its matmuls at the matmul peak")
+    assert sum(found.values()) == pytest.approx(2 * found["all of it"], abs=0.1 * len(found))
+    assert floor == 0  # at such a peak
+
+
+# --- Peak memory
+
+@pytest.mark.skipif(not LINUX_TELLS, reason="the system does not tell peak memory")
+def test_peak_memory_grows_with_the_job():
+    config = LM2Config(512, memory="none", **SIZE | {"n_embd": 64})
+    small, = peak_memories(training_step, [config], "float32", CPU, (1, 512))
+    large, = peak_memories(training_step, [config], "float32", CPU, (64, 512))
+    assert large > 2 * small > 0
+
+
+def end_the_process(model, context, idx):
+    os._exit(9)
+
+
+@pytest.mark.skipif(not LINUX_TELLS, reason="the system does not tell peak memory")
+def test_a_job_that_the_system_ends_has_no_figure():
+    config = LM2Config(VOCAB, **SIZE, mem_slots=4)
+    assert peak_memories(end_the_process, [config], "float32", CPU, (1, 8)) == [None]
+
+
+def test_without_proc_there_is_no_figure_and_no_crash(monkeypatch, capsys):
+    """As on macOS."""
+    def nothing(path, *args, **kwargs):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(measure.Path, "read_text", nothing)
+    monkeypatch.setattr(measure.Path, "write_text", nothing)
+    configs = [LM2Config(VOCAB, **SIZE, mem_slots=4)] * 2
+    assert resident() is None and peak_memory(lambda: None, CPU) is None
+    assert peak_memories(training_step, configs, "float32", CPU, (1, 8)) == [None, None]
+    soak(model(), 10)
+    assert "| 10 | - |" in capsys.readouterr().out
+
+
+# --- Drift
 
 def test_soak_finds_no_drift_and_would_see_one(capsys, monkeypatch):
     lm2 = model()
     soak(lm2, 100)
-    monkeypatch.setattr(lm2, "features", lambda ids, state=None, features=lm2.features: features(ids, state if ids.size(1) == 1 else None))
+    features = lm2.features
+
+    def forgetful(idx, state=None):  # between the pieces of a long text
+        return features(idx, state if idx.size(1) == 1 else None)
+
+    monkeypatch.setattr(lm2, "features", forgetful)
     soak(lm2, 1000)
-    drift = [float(d) for d in re.findall(r"(\S+) \|$", capsys.readouterr().out, re.M) if d[0].isdigit()]
-    assert max(drift[:2]) < 1e-4 < drift[-1]  # 10 and 100 tokens; 1,000 of which the last chunk alone was read again
+    drift = [float(d) for d in re.findall(r"(\d\S+) \|$", capsys.readouterr().out, re.M)]
+    assert len(drift) == 2 + 3  # after 10 and 100 tokens; 10, 100 and 1,000
+    assert max(drift[:2]) < 1e-4 < drift[-1]
 
 
-def test_ratios_are_to_the_first_rival():
-    table, figures = Table(repeats=3), iter((9, 9, 1, 4, 3, 6, 2, 5))  # the first of each is the warm-up
-    table.compare("what", "tokens/s", {"a": lambda: next(figures), "b": lambda: next(figures)})
-    assert [(row[1], row[3], row[6]) for row in table.rows] == [("a", 2, 1.0), ("b", 5, 2.5)]
+# --- Figures
+
+def test_a_figure_is_the_median_without_the_warm_up_and_its_ratio_to_the_first_rival():
+    figures = iter((9, 9, 1, 4, 3, 6, 2, 5))  # in turns, the first of each is the warm-up
+    jobs = {"a": lambda: next(figures), "b": lambda: next(figures)}
+    a, b = take_turns("part", "what", jobs, repeats=3).values()
+    assert (a.model, a.tokens_per_s, a.ratio) == ("a", 2, 1.0)
+    assert (b.model, b.tokens_per_s, b.ratio) == ("b", 5, 2.5)
+    assert (b.quartile1, b.quartile3) == (4.5, 5.5)
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_plot_has_a_panel_for_each_comparison(tmp_path, n):
-    table = Table(repeats=1)
-    for i in range(n):
-        table.compare(f"what {i}", "tokens/s", {"a": lambda: 1.0, "b": lambda: 2.0})
-    table.write_plot(tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+def test_a_row_tells_what_was_measured_and_nothing_else(capsys):
+    row, = take_turns("part", "what", {"a": lambda: 1234.0}, repeats=1).values()
+    print_row(row)
+    print_row(row._replace(peak_memory_mib=5.2, mfu_percent=31.7, first_token_ms=7.0))
+    plain, full = capsys.readouterr().out.splitlines()
+    assert plain == "| what | a | 1,234 tokens/s | 1,234 to 1,234 | 1.00 |  |"
+    assert full.endswith("| 5 MiB, MFU 32%, first token after 7 ms |")
