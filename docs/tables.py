@@ -145,7 +145,7 @@ def speed(name):
 def speed_all(name):
     """Each measurement with its ratio to the first model that did the same, memory and more."""
     rows, lines = read(name), []
-    units = {"memory_mib": "MiB", "mfu_percent": "% MFU", "first_token_ms": "ms to the first token"}
+    units = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU", "first_token_ms": "ms to the first token"}
     for row in rows:
         median, low, high = (row[c] for c in ("tokens_per_s", "quartile1", "quartile3"))
         ratio = float(median) / float(select(rows, what=row["what"])[0]["tokens_per_s"])
@@ -163,8 +163,15 @@ def profile(size):
     return pivot(f"ms, {size}", rows, "part", "job", measured)
 
 
+def printed(name):
+    """What a program printed, word for word."""
+    text = (ROOT / name).read_text(encoding="utf-8").rstrip()
+    return f"```\n{text}\n```"
+
+
 TEN = ["0k", "1k", "4k", "16k", "32k"]
 TABLES = {
+    "first-run": lambda: printed("results/first_run.txt"),
     "qa1": lambda: accuracy("results/qa1.csv", ["0k", "1k", "4k", "16k", "64k", "128k"]),
     "qa1-all": lambda: accuracy_all("results/qa1.csv"),
     "ten": lambda: accuracy("results/ten.csv", TEN),
