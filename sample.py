@@ -1,5 +1,5 @@
 """
-Text from a checkpoint, written as it is made:
+Text from a run, written as it is made:
 
     python sample.py --out_dir=out/shakespeare --start="ROMEO:" --max_new_tokens=500
     python sample.py --out_dir=out/shakespeare --start=FILE:prompt.txt --temperature=0
@@ -8,64 +8,63 @@ Prompt and text may have any length: one token costs the same, whatever came bef
 """
 import codecs
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from data.files import read_utf8
 from data.tokenizer import prompt_ids
 from lib import checkpoint
-from lib.config import parse, user_errors
+from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
 
 
 @dataclass
 class SampleConfig:
+    # text
     out_dir: str = "out/shakespeare"  # folder of the run
     start: str = ""                   # the prompt, or FILE:path
     num_samples: int = 1              # texts to write
     max_new_tokens: int = 500         # tokens in each
     temperature: float = 0.8          # 0: always the likeliest token; 1: as the model says
     top_k: int = 0                    # draw from the k likeliest tokens only, 0: from all
-    top_p: float = 1.0                # draw from the likeliest tokens that together reach this probability
+    top_p: float = 1.0                # draw from the likeliest that together reach this probability
     seed: int = 1337                  # of the draws
+    # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:N or mps
     dtype: str = "float32"            # float32, bfloat16, or auto: the faster
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens", "temperature", "top_k", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
+        at_least(self, 0, "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+        if 0 < self.temperature < 1e-3:  # logits divided by it would overflow
+            raise ValueError(f"temperature={self.temperature} is too small: use 0, or at least "
+                             "0.001")
+        if not 1e-9 <= self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be from 1e-9 to 1")
 
 
-def read_prompt(start):
-    """The prompt itself, or the text of FILE:path. Raises OSError or ValueError."""
-    if not start.startswith("FILE:"):
-        return start
-    try:
-        return Path(start[5:]).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{start[5:]} is not UTF-8: convert it, for example with iconv -t UTF-8") from None
-
-
+@user_errors(OSError)
 def main():
     config, _ = parse(SampleConfig, __doc__)
     with user_errors():
         device = pick_device(config.device)
         context = autocast(pick_dtype(config.dtype, device), device)
         model, tokenizer, _ = checkpoint.load(config.out_dir, device)
-        start = read_prompt(config.start)
+        start = config.start
+        if start.startswith("FILE:"):
+            start = read_utf8(start.removeprefix("FILE:"))
+        start = start.removeprefix("\ufeff")  # a byte order mark
         prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
     torch.manual_seed(config.seed)
-    for i in range(config.num_samples):
-        if i:
+    for number in range(config.num_samples):
+        if number:
             print("\n---------------")
         print(start, end="", flush=True)
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end inside a character
-        with context:
-            for token in model.stream(prompt, config.max_new_tokens, config.temperature, config.top_k, config.top_p):
-                print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end
+        with context:                                                      # inside a character
+            for token in model.stream(prompt, config.max_new_tokens, config.temperature,
+                                      config.top_k, config.top_p):
+                text = decoder.decode(tokenizer.decode_bytes(token.tolist()))
+                print(text, end="", flush=True)
         print(decoder.decode(b"", final=True))
 
 

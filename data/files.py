@@ -1,22 +1,34 @@
-"""Files that appear whole or not at all."""
+"""Files are written whole or not at all, and read in one way."""
+import errno
+import hashlib
 import json
 import os
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # they name no file themselves
 
 
 @contextmanager
 def atomic_open(path, mode="wb", **kwargs):
-    """Open a file that appears under its name only when it is whole: written aside, synced, renamed."""
+    """
+    Open a file that appears under its name only when it is whole: written aside, synced, renamed.
+    Raises OSError that names the file where it cannot be written; an old file is then as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with open(aside, mode, **kwargs) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
+    except OSError as e:
+        if e.filename == str(aside) or e.filename is None and e.errno in NO_ROOM:
+            raise OSError(f"{path} cannot be written: {e.strerror}") from e
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -25,3 +37,25 @@ def write_json(path, value):
     """Write a value as JSON, whole or not at all."""
     with atomic_open(path, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=1)
+
+
+def read_utf8(path):
+    """
+    The text of a file, without byte order marks (also where marked files were joined to one).
+    Lines may end in CR LF or CR in the file, and end in LF here. Raises ValueError where it is not
+    UTF-8, OSError where it cannot be read or is a folder, pipe or device, which may have no end.
+    """
+    if not Path(path).is_file():
+        what = "not a file with text" if Path(path).exists() else "not there"
+        raise OSError(f"{path} is {what}: name a text file")
+    try:
+        return Path(path).read_text(encoding="utf-8").replace("\ufeff", "")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {e.start}): convert it, "
+                         "for example with iconv -f LATIN1 -t UTF-8") from None
+
+
+def sha256_of(path):
+    """The sha256 of a file's bytes, in hex. Raises OSError."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,33 +1,40 @@
 """
 Text to token ids and back, three ways behind one interface:
 
-    char    a token per character of the corpus, small and easy to look at
-    bpe     byte-pair encoding trained on the corpus (rustbpe trains it, tiktoken runs it)
+    char    a token per character of the text, small and easy to look at
+    bpe     byte-pair encoding trained on the text (rustbpe trains it, tiktoken runs it)
     gpt2    GPT-2's byte-pair encoding (tiktoken)
 
-A tokenizer has `kind`, `n_vocab`, `encode(text) -> list[int]`, `decode_bytes(ids) -> bytes` (UTF-8, maybe cut inside a
-character), `decode(ids) -> str` and `to_json() -> dict`, which `from_json` reads.
+A tokenizer has `kind`, `n_vocab`, `encode(text) -> list[int]`, `decode(ids) -> str`,
+`decode_bytes(ids) -> bytes` (UTF-8, maybe ending inside a character) and `to_json() -> dict`, which
+`from_json` reads.
 """
+import re
+
 import rustbpe
 import tiktoken
+
+SPACES = 10_000  # whitespace characters in a row that the Rust libraries get at most
+LONG_SPACE = re.compile(rf"(?<!\s)\s{{{SPACES},}}")
 
 
 class CharTokenizer:
     kind = "char"
 
     def __init__(self, chars):
-        """chars: string of the known characters; a character's place is its id."""
+        """chars: string of the known characters; the index of a character is its id."""
         self.chars = chars
         self.ids = {c: i for i, c in enumerate(chars)}
         self.n_vocab = len(chars)
 
     def encode(self, text):
-        """Raises ValueError on a character that is not in the corpus."""
+        """Raises ValueError on a character that the tokenizer lacks."""
         try:
             return [self.ids[c] for c in text]
         except KeyError as e:
-            raise ValueError(f"character {e.args[0]!r} is not in the vocabulary of the char tokenizer: "
-                             "leave it out, or train with --tokenizer=bpe") from None
+            raise ValueError(
+                f"character {e.args[0]!r} is not in the vocabulary of the char tokenizer: "
+                "leave it out, or train with --tokenizer=bpe") from None
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()
@@ -43,16 +50,27 @@ class BPETokenizer:
     kind = "bpe"
 
     def __init__(self, pattern, tokens):
-        """pattern: regular expression that splits text into words; tokens: list of bytes in the order of their ids."""
+        """
+        pattern: regular expression that splits text into words
+        tokens: list of bytes in the order of their ids, each of the 256 bytes among them
+        """
         self.pattern, self.tokens = pattern, tokens
-        self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, special_tokens={},
-                                          mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        ranks = {token: i for i, token in enumerate(tokens)}
+        self.encoding = tiktoken.Encoding(
+            "bpe", pat_str=pattern, special_tokens={}, mergeable_ranks=ranks)
         self.n_vocab = len(tokens)
 
     def encode(self, text):
         """Raises ValueError on what is no Unicode text (half of a surrogate pair)."""
-        text.encode()
-        return self.encoding.encode_ordinary(text)
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"character {text[e.start]!r} is half of a surrogate pair, "
+                             "which no text has: leave it out") from None
+        ids = []
+        for piece in bounded_pieces(text):
+            ids += self.encoding.encode_ordinary(piece)
+        return ids
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
@@ -61,7 +79,8 @@ class BPETokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self):
-        return {"kind": self.kind, "pattern": self.pattern, "tokens": [t.decode("latin-1") for t in self.tokens]}
+        tokens = [token.decode("latin-1") for token in self.tokens]
+        return {"kind": self.kind, "pattern": self.pattern, "tokens": tokens}
 
 
 class GPT2Tokenizer(BPETokenizer):
@@ -72,27 +91,53 @@ class GPT2Tokenizer(BPETokenizer):
         try:
             self.encoding = tiktoken.get_encoding("gpt2")
         except OSError as e:
-            raise ValueError(f"tokenizer gpt2 cannot be downloaded ({type(e).__name__}): go online once, set TIKTOKEN_CACHE_DIR "
-                             "to a folder that has its files, or use --tokenizer=bpe") from None
+            raise ValueError(
+                f"tokenizer gpt2 cannot be downloaded ({type(e).__name__}): go online once, set "
+                "TIKTOKEN_CACHE_DIR to a folder that has its files, or use --tokenizer=bpe"
+            ) from None
         self.n_vocab = self.encoding.n_vocab
 
     def to_json(self):
         return {"kind": self.kind}
 
 
+def bounded_pieces(text):
+    """
+    A text in pieces that rustbpe and tiktoken can take: their regular expressions overflow the
+    stack on a run of about 700,000 whitespace characters. Text without a run of more than SPACES
+    stays one piece.
+    """
+    start = 0
+    for run in LONG_SPACE.finditer(text):
+        for end in range(run.start() + SPACES, run.end(), SPACES):
+            yield text[start:end]
+            start = end
+    yield text[start:]
+
+
 def train_bpe(text, vocab_size):
-    """A BPETokenizer of vocab_size tokens, the 256 bytes among them. Raises ValueError where the text does not yield as many."""
+    """
+    A BPETokenizer of vocab_size tokens, the 256 bytes among them.
+    Raises ValueError where the text does not yield as many.
+    """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size={vocab_size} is too small for tokenizer bpe: use at least 256, one for each byte")
+        raise ValueError(f"vocab_size={vocab_size} is too small for tokenizer bpe: "
+                         "use at least 256, one for each byte")
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(text.splitlines(keepends=True), vocab_size)
+    lines = (line for piece in bounded_pieces(text) for line in piece.splitlines(keepends=True))
+    trainer.train_from_iterator(lines, min(vocab_size, 1 << 31))  # it counts in 32 bits
     if trainer.vocab_size < vocab_size:
-        raise ValueError(f"vocab_size={vocab_size} is more than this text yields: use at most {trainer.vocab_size}")
-    return BPETokenizer(trainer.get_pattern(), [token for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda t: t[1])])
+        raise ValueError(f"vocab_size={vocab_size} is more than this text yields: "
+                         f"use at most {trainer.vocab_size}")
+    ranks = dict(trainer.get_mergeable_ranks())
+    return BPETokenizer(trainer.get_pattern(), sorted(ranks, key=ranks.get))
 
 
-def build(kind, text, vocab_size):
-    """The tokenizer of a kind for a corpus. text: its training split for bpe, all of it for char."""
+def make_tokenizer(kind, text, vocab_size):
+    """
+    The tokenizer of a kind for a text. text: its training split for bpe, all of it for char;
+    vocab_size: tokens of bpe, the others bring their own. Raises ValueError.
+    """
     if kind == "char":
         return CharTokenizer("".join(sorted(set(text))))
     if kind == "bpe":
@@ -102,20 +147,49 @@ def build(kind, text, vocab_size):
     raise ValueError(f"tokenizer={kind} is not known: use char, bpe or gpt2")
 
 
+def check_text(tokenizer, text):
+    """Raises ValueError where a character of the text cannot be encoded: each is tried once."""
+    tokenizer.encode("".join(sorted(set(text))))
+
+
 def prompt_ids(tokenizer, text):
-    """The ids of a prompt; an empty one starts from a newline, or from token 0 where the vocabulary has none."""
+    """
+    The ids of a prompt, without a byte order mark. An empty one starts from a newline, or from
+    token 0 where the vocabulary has none. Raises ValueError on a character that cannot be encoded.
+    """
+    text = text.removeprefix("\ufeff")
+    if text:
+        return tokenizer.encode(text)
     try:
-        return tokenizer.encode(text or "\n")
+        return tokenizer.encode("\n")
     except ValueError:
-        if text:
-            raise
         return [0]
 
 
+def is_char_vocabulary(chars):
+    """Whether chars is a string of different characters, none of them half of a surrogate pair."""
+    if not isinstance(chars, str) or not chars or len(set(chars)) < len(chars):
+        return False
+    return not any("\ud800" <= c <= "\udfff" for c in chars)
+
+
+def is_bpe_vocabulary(tokens):
+    """Whether tokens are different byte strings, and each single byte is one of them."""
+    return len(tokens) == len(set(tokens)) and {bytes([i]) for i in range(256)} <= set(tokens)
+
+
 def from_json(value):
-    """The tokenizer that to_json described."""
-    if value["kind"] == "char":
-        return CharTokenizer(value["chars"])
-    if value["kind"] == "gpt2":
-        return GPT2Tokenizer()
-    return BPETokenizer(value["pattern"], [t.encode("latin-1") for t in value["tokens"]])
+    """The tokenizer that to_json described. Raises ValueError where value describes none."""
+    try:
+        kind = value["kind"]
+        if kind == "gpt2":
+            return GPT2Tokenizer()
+        if kind == "char" and is_char_vocabulary(value["chars"]):
+            return CharTokenizer(value["chars"])
+        if kind == "bpe" and value["pattern"]:
+            tokens = [token.encode("latin-1") for token in value["tokens"]]
+            if is_bpe_vocabulary(tokens):
+                return BPETokenizer(value["pattern"], tokens)
+    except (KeyError, TypeError, AttributeError, UnicodeError):
+        pass  # parts are missing or of other types
+    raise ValueError("this describes no tokenizer: copy tokenizer.json again")

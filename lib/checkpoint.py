@@ -1,10 +1,15 @@
 """
-Checkpoints: a run's folder holds ckpt.pt (the last step, with the optimizers: --resume goes on from it), best.pt (the weights
-with the best validation loss, or of stories the last ones: what sample.py speaks with), config.json, tokenizer.json, log.csv and loss.png.
-All of it loads as tensors or JSON: opening somebody's checkpoint runs no code.
+Checkpoints. The folder of a run holds
+    ckpt.pt         the last step, with the optimizers: train.py --resume goes on from it
+    best.pt         the best weights (of stories the last ones): what the other programs load
+    config.json     how it was trained;  tokenizer.json;  log.csv;  loss.png
+All of it loads as tensors or as JSON: opening somebody's checkpoint runs no code.
+
+    model, tokenizer, config = checkpoint.load("out/shakespeare")
 """
 import json
 import os
+import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +17,14 @@ from pathlib import Path
 import torch
 
 from baselines.rmt import RMT
-from data.files import atomic_open
+from data.files import atomic_open, read_utf8
+from data.text import digest
 from data.tokenizer import from_json
 from lib.device import pick_device
 from lm2 import LM2, LM2Config
+
+FILES = ("ckpt.pt", "best.pt", "config.json", "tokenizer.json", "log.csv", "loss.png")
+COMPILED = "_orig_mod."  # torch.compile puts it in front of the names of weights
 
 
 def make_model(config):
@@ -24,44 +33,131 @@ def make_model(config):
 
 
 def save(path, model, **more):
-    """Write a model, its LM2Config and whatever else a checkpoint is to hold; killed at any moment, the old file stays whole."""
+    """
+    Write a model, its LM2Config and whatever else a checkpoint is to hold. Killed at any moment,
+    the old file stays whole.
+    """
     with atomic_open(path) as f:
         torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **more}, f)
 
 
-def read(path):
-    """The dict that `save` wrote, on the CPU. Raises ValueError where the file is missing or damaged."""
-    if not Path(path).exists():
+def load_file(path, keys={}):
+    """
+    The dict that `save` wrote, on the CPU; model_config an LM2Config. keys: {name: type} of what
+    else it must hold. Raises ValueError, one line, where it is missing, damaged, or of another
+    program or version.
+    """
+    if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}: train first, or name the folder of a run")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises a different type for each kind of damage
-        raise ValueError(f"{path} is damaged ({type(e).__name__}): delete it and train again, or name another run") from None
+        raise ValueError(f"{path} is damaged ({type(e).__name__}): copy it again, or train again, "
+                         "or name another run") from None
+    for key, kind in ({"model_config": dict, "model": dict} | keys).items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+            source = "a best.pt" if key in keys else "the checkpoint of another program"
+            raise ValueError(f"{path} has no {key!r}: it looks like {source}, name another file")
+    try:
+        found["model_config"] = LM2Config(**found["model_config"])
+    except (TypeError, ValueError) as e:
+        raise ValueError(unfit(path, e)) from None
+    found["model"] = {str(name).replace(COMPILED, ""): p for name, p in found["model"].items()}
+    return found
+
+
+def unfit(path, error):
+    """What to say of a checkpoint that this version of the model cannot take."""
+    return (f"{path} does not fit this version of the model ({one_line(error)}): "
+            "use the version that trained it, or train again")
+
+
+def model_of(found, path):
+    """The model of a checkpoint that `load_file` loaded from path. Raises ValueError."""
+    try:
+        model = make_model(found["model_config"])
+        model.load_state_dict(found["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise ValueError(unfit(path, e)) from None
+    return model
+
+
+def load_json(path):
+    """A JSON object of a run. Raises ValueError where it is missing or damaged."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: name the folder of a run, or copy all of it again")
+    try:
+        found = json.loads(read_utf8(path))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: copy the whole folder again")
+    return found
+
+
+def load_config(out_dir):
+    """config.json of a run: a dict with `train`, `data`, `parameters`. Raises ValueError."""
+    config = load_json(Path(out_dir) / "config.json")
+    for key, kind in (("train", dict), ("data", dict), ("parameters", int)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{out_dir}/config.json is damaged, it has no {key!r}: "
+                             "copy the whole folder again")
+    return config
+
+
+def load_tokenizer(out_dir):
+    """The tokenizer of a run. Raises ValueError."""
+    path = Path(out_dir) / "tokenizer.json"
+    value = load_json(path)
+    try:
+        return from_json(value)
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e})") from None
 
 
 def load(out_dir, device="auto"):
     """
-    The best model of a run, its tokenizer and its configuration (a dict): -> model in eval mode on the device, tokenizer, config.
-    Raises ValueError, one line, where something is missing or damaged.
+    The best model of a run in eval mode on a device, its tokenizer, and its config.json, a dict.
+    Raises ValueError, one line, where something is missing, damaged, or of different runs.
     """
-    out_dir, device = Path(out_dir), pick_device(device)
-    ckpt = read(out_dir / "best.pt")
-    try:
-        config = json.loads((out_dir / "config.json").read_text())
-        tokenizer = from_json(json.loads((out_dir / "tokenizer.json").read_text()))
-        model = make_model(LM2Config(**ckpt["model_config"]))
-        model.load_state_dict(ckpt["model"])
-    except (OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as e:
-        raise ValueError(f"the run in {out_dir} is incomplete or damaged ({str(e).partition(chr(10))[0]}): copy the whole folder again") from None
-    if tokenizer.n_vocab != model.config.vocab_size:
-        raise ValueError(f"tokenizer.json in {out_dir} has {tokenizer.n_vocab} tokens, the checkpoint {model.config.vocab_size}: "
-                         "they are from different runs")
-    return model.to(device).eval(), tokenizer, config
+    path, device = Path(out_dir) / "best.pt", pick_device(device)
+    found = load_file(path)
+    tokenizer, config = load_tokenizer(out_dir), load_config(out_dir)
+    check_same_run(path, found, config["train"], tokenizer)
+    return model_of(found, path).to(device).eval(), tokenizer, config
 
 
-def make_folder(out_dir):
-    """Create the folder that a program writes into. Raises ValueError where it cannot be written to."""
+def check_same_run(path, found, train_config, tokenizer):
+    """
+    Raises ValueError where the checkpoint found in path is of another run than config.json and
+    tokenizer.json. train_config: a dict.
+    """
+    for name, value in vars(found["model_config"]).items():
+        if train_config.get(name, value) != value:
+            raise ValueError(f"{path} has {name}={value}, but config.json beside it "
+                             f"{name}={train_config[name]}: they are from different runs")
+    sha256, n_vocab = digest(tokenizer), found["model_config"].vocab_size
+    if tokenizer.n_vocab != n_vocab or found.get("tokenizer_sha256", sha256) != sha256:
+        raise ValueError(f"{path} was trained with another tokenizer than tokenizer.json beside "
+                         "it: they are from different runs")
+
+
+def one_line(error):
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:200]
+
+
+def make_folder(out_dir, n_bytes=0):
+    """
+    Create the folder that a program writes into. Raises ValueError where it cannot be written to,
+    or where its disk has less than n_bytes left.
+    """
     with suppress(OSError):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     if not (Path(out_dir).is_dir() and os.access(out_dir, os.W_OK)):
-        raise ValueError(f"out_dir={out_dir} is not a folder that can be written to: use another --out_dir")
+        raise ValueError(f"out_dir={out_dir} is not a folder that can be written to: "
+                         "use another --out_dir")
+    free = shutil.disk_usage(out_dir).free
+    if free < n_bytes:
+        raise ValueError(f"out_dir={out_dir} has {free / 1e6:,.0f} MB of room left, this needs "
+                         f"{n_bytes / 1e6:,.0f} MB: make room, or use another --out_dir")

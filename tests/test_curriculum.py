@@ -1,61 +1,129 @@
-"""data/curriculum.py: batches of stories, their accuracy, the curriculum of lengths; and training on them."""
+"""data/curriculum.py: batches of stories, the curriculum of lengths; and training on them."""
 import csv
 import json
+import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from babi_figures import RECORDED
+from babi_solver import solve, template
 from conftest import SMALL, TEXT
+from test_babilong import TEXT as KINGS
 
 from baselines.rmt import RMT
-from data import tokenizer as tokenizers
-from data.babilong import Haystack
-from data.curriculum import Stories, answers, tokenizer_text
+from data import curriculum, text
+from data.babi import TASKS, simulate
+from data.babilong import Haystack, split_sentences
+from data.curriculum import Stories, open_stories, right_answers, tokenizer_text, training_batch
 from data.text import split
+from data.tokenizer import make_tokenizer
 from lib import checkpoint
 from lm2 import LM2
 
-CONFIG = SimpleNamespace(batch_size=4, n_segments=2, block_size=64, seed=1, eval_iters=2, max_iters=100, advance_at=0.9, rehearse=0.3)
+CONFIG = SimpleNamespace(batch_size=4, n_segments=2, block_size=64, seed=1, eval_iters=6,
+                         max_iters=100, advance_at=0.9, rehearse=0.3)
 BABILONG = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1,qa6", "--lengths=0k,256"]
+
+
+@pytest.fixture(autouse=True)
+def fewer_lessons(monkeypatch):
+    """Enough for a tokenizer, and seconds less in each test."""
+    monkeypatch.setattr(curriculum, "LESSONS", 40)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    rng = random.Random(7)
+    facts = [line.text for task in TASKS for _ in range(5) for line in simulate(task, rng)]
+    return make_tokenizer("bpe", KINGS + "\n" + " ".join(facts), 400)
+
+
+@pytest.fixture(scope="module")
+def haystack(bpe):
+    return Haystack(KINGS, bpe)
 
 
 @pytest.fixture(scope="module")
 def stories():
     train, val = split(TEXT)
-    tokenizer = tokenizers.build("char", tokenizer_text(TEXT), 0)
-    return lambda *lengths: Stories(["qa1", "qa6"], list(lengths), Haystack(train, tokenizer), Haystack(val, tokenizer), tokenizer, {})
+    tokenizer = make_tokenizer("char", tokenizer_text(TEXT), 0)
+    train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
+    return lambda *lengths: Stories(["qa1", "qa6"], list(lengths), train, val, tokenizer, {})
 
 
-class Oracle(torch.nn.Module):
-    """A model that knows a share of the answers: the likeliest token is the target in the first rows of a batch only."""
+# --- Batches
 
-    def __init__(self, n_vocab, share):
-        super().__init__()
-        self.n_vocab, self.share = n_vocab, share
+@pytest.mark.parametrize("length", [0, 400])
+def test_training_batch_is_a_function_of_seed_step_and_part(length, bpe, haystack):
+    def batch(*args, size=2):
+        return training_batch(["qa1", "qa5"], length, haystack, bpe, size, *args)
+    x, y, tasks = batch(1, 2)
+    assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape
+    assert x.shape[1] % 16 == 0 and len(tasks) == 2
+    random.seed(5)
+    np.random.seed(5)
+    again = batch(1, 2)
+    assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and tasks == again[2]
+    for other in ((2, 2), (1, 3), (1, 2, 1)):
+        assert not torch.equal(x[0, :40], batch(*other)[0][0, :40])
+    both_x, both_y, both_tasks = batch(1, 2, size=4)
+    parts = [batch(1, 2, part) for part in (0, 1)]
+    assert both_tasks == parts[0][2] + parts[1][2]
+    for part, (x, y, _) in enumerate(parts):
+        n = min(x.shape[1], both_x.shape[1])
+        rows = slice(2 * part, 2 * part + 2)
+        assert torch.equal(x[:, :n], both_x[rows, :n]) and torch.equal(y[:, :n], both_y[rows, :n])
 
-    def forward(self, x, y):
-        known = torch.arange(len(y))[:, None] < self.share * len(y)
-        return torch.nn.functional.one_hot(torch.where(known, y.clamp(min=0), 0), self.n_vocab).float(), torch.tensor(0.5), None
+
+@pytest.mark.parametrize("length, asking", [
+    (0, "along"), (300, "along"), (1000, "along"), (0, "own"), (1000, "own"), (0, "all"),
+    (1000, "all")])
+def test_loss_is_on_right_answers_alone(length, asking, bpe, haystack):
+    x, y, tasks = training_batch(TASKS, length, haystack, bpe, 30, seed=1, step=0, asking=asking)
+    assert len(set(tasks)) > 5 and x.shape[1] <= max(length + 63, 256)
+    for row, targets, task in zip(x.tolist(), y.tolist(), tasks):
+        marked = [t for t, target in enumerate(targets) if target >= 0]
+        assert marked and all(targets[t] == row[t + 1] for t in marked)
+        ends = [t for t in marked if t + 1 not in marked]
+        for end in ends:  # the text before: facts, corpus, earlier questions with their answers
+            begin = next(t for t in range(end, -1, -1) if t - 1 not in marked)
+            answer = bpe.decode(row[begin + 1:end + 2])
+            assert answer[0] == " " and answer[-1] == "."
+            context = split_sentences(bpe.decode(row[:begin + 1]))
+            facts = [s for s in context if template(s) in RECORDED[task]["facts"]]
+            assert solve(facts, context[-1]) == answer[1:-1], context
+        total = length or len(np.trim_zeros(row, "b"))
+        assert ends[-1] + 2 == total or length == 0
+
+
+def test_story_that_does_not_fit_is_shortened_or_drawn_again(bpe, haystack):
+    x, y, _ = training_batch(["qa2"], 150, haystack, bpe, 20, seed=1, step=0)
+    assert x.shape == (20, 160) and (y >= 0).any(1).all()
+    assert (x[:, 150:] == 0).all() and (y[:, 149:] == -1).all()
+    assert training_batch(["qa1"], 0, None, bpe, 2, seed=1, step=0)[0].shape[0] == 2
+    with pytest.raises(ValueError, match="within 8 tokens"):
+        training_batch(["qa1"], 8, haystack, bpe, 2, seed=1, step=0)
+
+
+def test_char_tokenizer_serves_as_well():
+    tokenizer = make_tokenizer("char", tokenizer_text(KINGS), 0)
+    haystack = Haystack(KINGS, tokenizer)
+    x, y, _ = training_batch(["qa1"], 700, haystack, tokenizer, 2, seed=0, step=0)
+    for row, targets in zip(x, y):
+        answers = tokenizer.decode(targets[targets >= 0].tolist())
+        assert answers.count(".") == tokenizer.decode(row[:700].tolist()).count("?")
 
 
 def test_batch_is_a_function_of_seed_step_and_part(stories):
     data = stories(512)
     x, y = data.batch(CONFIG, 3, 0)
     assert x.shape == y.shape == (1, 512), "as many tokens as batch_size * n_segments * block_size"
-    assert all(torch.equal(a, b) for a, b in zip((x, y), stories(512).batch(CONFIG, 3, 0)))
-    assert not torch.equal(x, data.batch(CONFIG, 4, 0)[0]) and not torch.equal(x, data.batch(CONFIG, 3, 1)[0])
-
-
-def test_curriculum_trains_at_its_length_and_rehearses_the_shorter_ones(stories):
-    data = stories(256, 384, 512, 768)
-    widths = [data.batch(CONFIG, step, 0)[0].size(1) for step in range(20)]
-    assert set(widths) == {256}
-    data.place = [2, 0]
-    widths = [data.batch(CONFIG, step, 0)[0].size(1) for step in range(200)]
-    assert set(widths) == {256, 384, 512} and 0.7 < np.mean(np.array(widths) == 512) < 0.9
-    never = SimpleNamespace(**vars(CONFIG) | {"rehearse": 0.0})
-    assert {data.batch(never, step, 0)[0].size(1) for step in range(20)} == {512}
+    again_x, again_y = stories(512).batch(CONFIG, 3, 0)
+    assert torch.equal(x, again_x) and torch.equal(y, again_y)
+    for step, part in ((4, 0), (3, 1)):
+        assert not torch.equal(x, data.batch(CONFIG, step, part)[0])
 
 
 @pytest.mark.parametrize("length", [0, 512])
@@ -63,103 +131,212 @@ def test_most_stories_ask_at_their_end(stories, length):
     data, found = stories(length), 0
     for step in range(100):
         x, y = data.batch(CONFIG, step, 0)
-        *_, last = np.flatnonzero(np.diff((y[0] != -1).int(), prepend=0) == 1)  # where the last answer begins
-        found += data.tokenizer.decode(x[0, :last + 1].tolist())[-40:].count("?") > 1  # behind another question
+        begins = np.flatnonzero(np.diff((y[0] != -1).int(), prepend=0) == 1)  # of the answers
+        before = data.tokenizer.decode(x[0, :begins[-1] + 1].tolist())
+        found += before[-40:].count("?") > 1  # the last question stands behind another
     assert 40 < found < 75, "70% do, and some stories give only one question"
 
 
-def test_each_task_asks_what_the_others_would_in_training_and_its_own_questions_in_evaluation(stories):
-    data, evaluated = stories(512), []
-    both = lambda rows: [" Where is " in text and " Is " in text for text in (data.tokenizer.decode(row) for row in rows.tolist())]
-    trained = [found for step in range(60) for found in both(data.batch(CONFIG, step, 0)[0])]
+def asks_for_both(data, x):
+    """Of each row, whether it has questions of both qa1 and qa6."""
+    texts = [data.tokenizer.decode(row) for row in x.tolist()]
+    return [" Where is " in text and " Is " in text for text in texts]
+
+
+def test_each_task_asks_what_the_others_would_in_training_alone(stories):
+    data = stories(512)
+    trained = [asks_for_both(data, data.batch(CONFIG, step, 0)[0]) for step in range(60)]
     assert 0.5 < np.mean(trained) < 0.8, "the share of stories that ask at their end"
+    evaluated = [asks_for_both(data, batch.x) for batch in data.evaluation_batches(CONFIG)]
+    assert len(evaluated) == CONFIG.eval_iters and not np.any(evaluated)
 
-    class Witness(Oracle):
-        def forward(self, x, y):
-            evaluated.extend(both(x))
-            return super().forward(x, y)
 
-    data.evaluate(Witness(data.tokenizer.n_vocab, 1), SimpleNamespace(**vars(CONFIG) | {"eval_iters": 10}), "cpu")
-    assert len(evaluated) == 10 and not any(evaluated)
+# --- The curriculum
+
+def test_curriculum_trains_at_its_length_and_rehearses_the_shorter_ones(stories):
+    data = stories(256, 384, 512, 768)
+    assert {data.batch(CONFIG, step, 0)[0].size(1) for step in range(20)} == {256}
+    data.progress = [2, 0]
+    widths = [data.batch(CONFIG, step, 0)[0].size(1) for step in range(200)]
+    assert set(widths) == {256, 384, 512} and 0.7 < np.mean(np.array(widths) == 512) < 0.9
+    never = SimpleNamespace(**vars(CONFIG) | {"rehearse": 0.0})
+    assert {data.batch(never, step, 0)[0].size(1) for step in range(20)} == {512}
 
 
 def test_curriculum_moves_on_when_a_length_is_learned_or_its_budget_is_spent(stories):
     data = stories(0, 256, 512)
-    assert not data.advance(0, {"accuracy": 1.0}, CONFIG), "nothing was trained yet"
-    assert not data.advance(10, {"accuracy": 0.89}, CONFIG)
-    assert data.advance(20, {"accuracy": 0.9}, CONFIG) and data.place == [1, 20]
-    assert not data.advance(59, {"accuracy": 0.1}, CONFIG)
-    assert data.advance(60, {"accuracy": 0.1}, CONFIG) and data.place == [2, 60], "half of the 80 updates that were left"
-    assert not data.advance(99, {"accuracy": 1.0}, CONFIG), "the last length stays"
+    for step, accuracy, progress, length in [
+            (0, 1.0, [0, 0], 0),        # nothing was trained yet
+            (10, 0.89, [0, 0], 0),
+            (20, 0.9, [1, 20], 256),    # learned
+            (59, 0.1, [1, 20], 256),
+            (60, 0.1, [2, 60], 512),    # half of the 80 steps that were left
+            (99, 1.0, [2, 60], 512)]:   # the last length stays
+        data.advance(step, {"accuracy": accuracy}, CONFIG)
+        assert data.progress == progress and data.position() == {"length": length}
 
 
-@pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_accuracy_counts_answers_that_are_right_to_the_last_token(stories, share):
+# --- Evaluation
+
+def test_evaluation_is_at_the_current_length_in_text_that_training_never_sees(stories):
+    data = stories(256, 512)
+    train, val = split(TEXT)
+    for haystack, part in ((data.train, train), (data.val, val)):
+        assert data.tokenizer.decode(haystack.ids.tolist()).split() == part.split()
+    data.train = None  # and it does not miss it
+    for length in (256, 512):
+        batches = list(data.evaluation_batches(CONFIG))
+        assert len(batches) == CONFIG.eval_iters
+        for batch in batches:
+            assert batch.column == "val_loss" and not batch.continues
+            assert batch.x.shape == batch.y.shape and batch.x.size(1) == length
+            assert len(batch.tasks) == len(batch.x) and set(batch.tasks) <= {"qa1", "qa6"}
+        data.progress = [1, 0]
+
+
+def test_evaluation_is_the_same_each_time_and_not_a_training_batch(stories):
     data = stories(256)
-    row = data.evaluate(Oracle(data.tokenizer.n_vocab, share), CONFIG, "cpu")
-    assert set(row) == {"length", "val_loss", "accuracy", "qa1", "qa6"} and row["length"] == 256
-    assert (row["accuracy"] == share) if share != 0.5 else (0.1 < row["accuracy"] < 0.9)
+    first, again = (list(data.evaluation_batches(CONFIG)) for _ in range(2))
+    for one, other in zip(first, again):
+        assert torch.equal(one.x, other.x) and torch.equal(one.y, other.y)
+    for step, batch in enumerate(first):  # other stories than those of the same step in training
+        for asking in ("along", "own"):
+            x, _, _ = data.draw(data.val, 256, CONFIG, CONFIG.seed, step, 0, asking)
+            assert not torch.equal(batch.x, x)
 
 
-def test_each_answer_counts_the_same_whatever_its_task(stories, monkeypatch):
-    data = stories(256)
-    monkeypatch.setattr(data, "draw", lambda *_: (torch.zeros(2, 4, dtype=torch.long), torch.tensor([[1, -1, 1, -1], [-1, -1, 0, -1]]), ["qa1", "qa6"]))
-    row = data.evaluate(Oracle(data.tokenizer.n_vocab, 0), CONFIG, "cpu")
-    assert (row["qa1"], row["qa6"], row["accuracy"]) == (0, 1, pytest.approx(1 / 3))
+def test_every_second_batch_of_an_evaluation_asks_at_the_end(stories):
+    data = stories(512)
+    config = SimpleNamespace(**vars(CONFIG) | {"eval_iters": 20})
+    at_end = []
+    for batch in data.evaluation_batches(config):
+        *texts, answer = data.tokenizer.decode(batch.x[0].tolist()).split("?")
+        at_end.append(len(texts[-1]) < 40)  # between the last question and the one before
+    assert sum(at_end[1::2]) > 6 and sum(at_end[::2]) < 3
 
 
 def test_answers_are_told_apart():
-    y = torch.tensor([[-1, 4, 5, -1, 6, -1], [7, -1, -1, -1, 8, 9]])
-    assert answers(torch.tensor([[0, 4, 5, 0, 0, 0], [7, 0, 0, 0, 8, 0]]), y) == [[True, False], [True, False]]
+    y = torch.tensor([[-1, 4, 5, -1, 6, -1], [7, -1, -1, -1, 8, 9], [-1, -1, -1, -1, -1, -1]])
+    found = torch.tensor([[0, 4, 5, 0, 0, 0], [7, 0, 0, 0, 8, 0], [1, 1, 1, 1, 1, 1]])
+    assert right_answers(found, y) == [[True, False], [True, False], []]
+    assert right_answers(y, y) == [[True, True], [True, True], []]
 
 
-def test_evaluation_hides_facts_in_text_that_training_never_sees(stories):
-    data = stories(256)
-    train, val = split(TEXT)
-    assert train + val == TEXT
-    assert data.tokenizer.decode(data.val.ids.tolist()).split() == val.split()
-    assert data.tokenizer.decode(data.train.ids.tolist()).split() == train.split()
-    data.train = None
-    data.evaluate(Oracle(data.tokenizer.n_vocab, 1), CONFIG, "cpu")
+def test_report_names_length_loss_and_accuracies(stories):
+    row = {"length": 256, "val_loss": 0.5, "accuracy": 0.75, "qa6": 0.25}
+    assert stories(256).report(row) == (
+        "256 tokens: validation loss 0.5000, accuracy 0.750 (qa6 0.250)")
 
 
-def test_training_on_stories_resumes_bit_for_bit_across_a_change_of_length(checkout):
-    args = [*BABILONG, "--eval_interval=3", "--advance_at=0", *SMALL]
-    run = lambda *more: checkout.run("train.py", *args, *more)
-    code, out, err = run("--out_dir=out/stories", "--max_iters=8")
-    assert code == 0, err
+# --- Opening
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "DATA_DIR", tmp_path / "data")
+    (tmp_path / "play.txt").write_text(TEXT)
+    return SimpleNamespace(**vars(CONFIG), tasks="qa1, qa6,", lengths="0k, 256,",
+                           corpus=str(tmp_path / "play.txt"), tokenizer="char", vocab_size=512)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_stories_are_opened_as_the_flags_say(config, kind):
+    config.tokenizer = kind
+    data = open_stories(config)
+    assert data.tasks == ["qa1", "qa6"] and data.lengths == [0, 256]
+    assert data.columns == ("length", "val_loss", "accuracy", "qa1", "qa6")
+    assert data.tokenizer.kind == data.meta["tokenizer"] == kind
+    assert data.meta["vocab_size"] == data.tokenizer.n_vocab
+    assert data.meta["tokens"] == {"train": len(data.train.ids), "val": len(data.val.ids)}
+    json.dumps(data.meta)
+
+
+def test_a_run_that_goes_on_keeps_its_tokenizer(config):
+    config.tokenizer = "bpe"
+    its_own = make_tokenizer("bpe", tokenizer_text(TEXT) + "another trainer " * 999, 512)
+    assert open_stories(config).tokenizer.to_json() != its_own.to_json()
+    data = open_stories(config, tokenizer=its_own)
+    assert data.tokenizer is its_own and data.meta["vocab_size"] == 512
+    x, _ = data.batch(config, 0, 0)
+    assert "Mary" in its_own.decode(x[0].tolist()) or "John" in its_own.decode(x[0].tolist())
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("tasks", "qa1,qa11", "task qa11 in tasks=qa1,qa11 is not known"),
+    ("tasks", "qa1,qa1", "lists qa1 twice"),
+    ("lengths", "", "lengths= lists nothing"),
+    ("lengths", "0k,long", "long"),
+    ("lengths", "0k,9", "within 9 tokens"),
+    ("lengths", "0k,0", "0 tokens twice"),
+    ("lengths", "0k,999999M", "at most 100M"),
+    ("tokenizer", "word", "tokenizer=word is not known"),
+    ("vocab_size", 1 << 40, "use at most"),
+    ("corpus", "nowhere.txt", "nowhere.txt is not there"),
+    ("corpus", "babilong", "babilong is not there")])
+def test_stories_that_cannot_be_are_refused_in_one_line(config, field, value, message):
+    if field == "vocab_size":
+        config.tokenizer = "bpe"
+    setattr(config, field, value)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        open_stories(config)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["a", "x", "Only one sentence."])
+def test_a_tiny_corpus_serves_or_is_refused_in_one_line(config, tmp_path, content):
+    (tmp_path / "play.txt").write_text(content)
+    if content == "Only one sentence.":
+        assert open_stories(config).batch(config, 0, 0)[0].size(1) > 0
+    else:
+        with pytest.raises(ValueError, match="no sentence: give it some text$"):
+            open_stories(config)
+
+
+# --- Training on stories
+
+def test_training_on_stories_resumes_bit_for_bit_across_a_change_of_length(checkout, call):
+    def run(out_dir, *more):
+        code, out, err = call("train.py", *BABILONG, "--eval_interval=3", "--advance_at=0", *SMALL,
+                              f"--out_dir={out_dir}", *more)
+        assert code == 0, err
+        return out
+    out = run("out/stories", "--max_iters=8")
     assert "step 3: 0 tokens" in out and "step 6: 256 tokens" in out and "(right: " in out
-    run("--out_dir=out/stories2", "--max_iters=5", "--lr_decay_iters=8")
-    code, _, err = run("--out_dir=out/stories2", "--resume", "--max_iters=8")
-    assert code == 0, err
-    rows = [list(csv.DictReader(checkout.log(f"out/{name}").splitlines())) for name in ("stories", "stories2")]
-    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
-    assert set(rows[0][3]) >= {"length", "accuracy", "qa1", "qa6"}
+    run("out/stories2", "--max_iters=5", "--lr_decay_iters=8")
+    run("out/stories2", "--resume", "--max_iters=8")
+    whole, resumed = (list(csv.DictReader(checkout.log(f"out/{name}").splitlines()))
+                      for name in ("stories", "stories2"))
+    assert [row["loss"] for row in whole] == [row["loss"] for row in resumed]
+    assert set(whole[3]) >= {"length", "accuracy", "qa1", "qa6"}
 
 
 def test_run_that_ends_does_not_move_on(checkout, call):
-    code, out, err = call("train.py", *BABILONG, *SMALL, "--advance_at=0", "--max_iters=1", "--out_dir=out/short", "--overwrite")
+    code, out, err = call("train.py", *BABILONG, *SMALL, "--advance_at=0", "--max_iters=1",
+                          "--out_dir=out/short", "--overwrite")
     assert code == 0, err
-    assert torch.load(checkout.folder / "out/short/ckpt.pt", weights_only=True)["place"] == [0, 0]
+    ckpt = torch.load(checkout.folder / "out/short/ckpt.pt", weights_only=True)
+    assert ckpt["progress"] == [0, 0]
 
 
 def test_of_stories_the_last_step_is_the_best_whatever_its_loss(checkout, call):
-    code, _, err = call("train.py", *BABILONG, *SMALL, "--max_iters=2", "--eval_interval=1", "--adam_lr=30", "--out_dir=out/last", "--overwrite")
-    losses = [float(row["val_loss"]) for row in csv.DictReader(checkout.log("out/last").splitlines())]
-    assert code == 0 and losses[2] > losses[0], err
+    code, _, err = call("train.py", *BABILONG, *SMALL, "--max_iters=2", "--eval_interval=1",
+                        "--adam_lr=30", "--out_dir=out/last", "--overwrite")
+    rows = list(csv.DictReader(checkout.log("out/last").splitlines()))
+    assert code == 0 and float(rows[2]["val_loss"]) > float(rows[0]["val_loss"]), err
     assert torch.load(checkout.folder / "out/last/best.pt", weights_only=True)["step"] == 2
 
 
 @pytest.mark.parametrize("memory", ["rmt", "none"])
 def test_match_params_widens_the_mlp_to_the_size_of_a_run(checkout, call, memory):
-    code, _, err = call("train.py", *BABILONG, *SMALL, "--n_embd=32", "--max_iters=0", "--out_dir=out/wanted", "--overwrite")
-    assert code == 0, err
-    code, _, err = call("train.py", *BABILONG, *SMALL, "--n_embd=32", "--max_iters=0", f"--memory={memory}", "--match_params=out/wanted",
-                        f"--out_dir=out/as-large-{memory}", "--overwrite")
-    assert code == 0, err
-    wanted, found = (json.loads((checkout.folder / "out" / name / "config.json").read_text())["parameters"] for name in ("wanted", f"as-large-{memory}"))
+    for out_dir, flags in [("out/wanted", []),
+                           (f"out/{memory}", [f"--memory={memory}", "--match_params=out/wanted"])]:
+        code, _, err = call("train.py", *BABILONG, *SMALL, "--n_embd=32", "--max_iters=0", *flags,
+                            f"--out_dir={out_dir}", "--overwrite")
+        assert code == 0, err
+    wanted, found = (
+        json.loads((checkout.folder / "out" / name / "config.json").read_text())["parameters"]
+        for name in ("wanted", memory))
     assert abs(found - wanted) <= 0.02 * wanted
-    model, _, _ = checkpoint.load(checkout.folder / "out" / f"as-large-{memory}", "cpu")
+    model, _, _ = checkpoint.load(checkout.folder / "out" / memory, "cpu")
     assert type(model) is (RMT if memory == "rmt" else LM2)
 
 
@@ -168,7 +345,7 @@ def test_match_params_widens_the_mlp_to_the_size_of_a_run(checkout, call, memory
     ("--lengths=0k,long", "long"),
     ("--lengths=0k,9", "within 9 tokens"),
     ("--corpus=nowhere.txt", "nowhere.txt is not there"),
-    ("--match_params=out/nothing", "is not the folder of a run"),
+    ("--match_params=out/nothing", "out/nothing"),
 ])
 def test_bad_input_is_refused_in_one_line(call, flag, message):
     code, _, err = call("train.py", *BABILONG, *SMALL, "--out_dir=out/refused", flag)

@@ -1,179 +1,723 @@
-"""Training from the command line: what a run leaves, that it goes on where it stopped, and that bad input costs nothing."""
+"""train.py: what a run leaves, that it goes on where it stopped, that bad input costs nothing."""
 import csv
 import json
+import os
 import re
+import shutil
 import signal
 import time
+import tomllib
+from collections import Counter
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import REPO, SMALL, Checkout, is_one_line
 
-from train import TrainConfig, lr_factor
+import train
+from data import files
+from data import tokenizer as tokenizers
+from data.dataset import EvaluationBatch
+from eval_babilong import EvalConfig
+from lib import checkpoint
+from lib.config import parse
+from lib.run import Stop
+from sample import SampleConfig
+from train import TrainConfig, batches, learning_rate_factor
 
-FILES = {"ckpt.pt", "best.pt", "config.json", "tokenizer.json", "log.csv", "loss.png"}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+EIGHT = ["--max_iters=8", "--eval_interval=4", "--dropout=0.1", "--momentum=0.8"]
 
 
 @pytest.fixture(scope="module")
 def run(checkout):
-    """A finished run of 8 updates -> what it printed."""
-    return checkout.train("out/whole", "--max_iters=8", "--eval_interval=4", "--dropout=0.1", "--momentum=0.8")
+    """A finished run of 8 steps in out/whole -> what it printed."""
+    return checkout.train("out/whole", *EIGHT)
 
 
-def test_run_leaves_its_files_and_ends_with_text_and_their_paths(checkout, run):
-    folder = checkout.folder / "out/whole"
-    assert {f.name for f in folder.iterdir()} == FILES
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "play.txt (sha256 " in run and "writes:" in run and "out/whole/loss.png" in run and "out/whole/ckpt.pt" in run
-    with open(folder / "log.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert [int(row["step"]) for row in rows] == list(range(9))
-    assert [row["step"] for row in rows if row["val_loss"]] == ["0", "4", "8"]
-    assert all(float(row["loss"]) > 0 for row in rows[:-1])
-    saved = json.loads((folder / "config.json").read_text())
-    assert saved["train"]["max_iters"] == 8 and saved["data"]["source"] == "play.txt" and len(saved["data"]["sha256"]) == 64
+@pytest.fixture
+def copy(checkout, run):
+    """A copy of that run, to be changed -> its folder."""
+    folder = checkout.folder / "out/copy"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(checkout.folder / "out/whole", folder)
+    return folder
 
 
-def test_best_and_last_can_be_told_apart(checkout, run):
-    last, best = (torch.load(checkout.folder / "out/whole" / name, weights_only=True) for name in ("ckpt.pt", "best.pt"))
-    assert last["step"] == 8 and best["val_loss"] == last["best_val_loss"] and "optimizers" in last and "optimizers" not in best
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.is_dir() else {}
 
 
-def test_run_begins_with_the_weights_of_another(checkout, run):
-    checkout.train("out/more", "--max_iters=0", "--init_from=out/whole")
-    first, second = (torch.load(checkout.folder / path / "best.pt", weights_only=True) for path in ("out/whole", "out/more"))
-    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
-    assert first["val_loss"] == second["val_loss"] and second["step"] == 0
+def rows(checkout, out_dir):
+    return list(csv.DictReader(checkout.log(out_dir).splitlines()))
 
 
-@pytest.mark.parametrize("args, named", [
-    (["--init_from=out/nothing"], "out/nothing/best.pt"), (["--init_from=out/whole", "--n_layer=2"], "give --n_layer=1"),
-    (["--init_from=out/whole", "--dataset=letters.txt"], "another tokenizer")], ids=str)
-def test_weights_of_another_model_are_refused(checkout, call, run, args, named):
-    letters = "".join(sorted(set((checkout.folder / "play.txt").read_text())))
-    (checkout.folder / "letters.txt").write_text(letters.replace("a", "\u00e4") * 50)  # as many, but others
-    code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/odd", *SMALL, *args)
-    assert code == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1
-    assert not (checkout.folder / "out/odd/ckpt.pt").exists()
+def step_of(folder, name="ckpt.pt"):
+    return torch.load(folder / name, weights_only=True)["step"]
 
 
-def test_muon_heeds_its_flags(checkout, run):
-    group = torch.load(checkout.folder / "out/whole/ckpt.pt", weights_only=True)["optimizers"][0]["param_groups"][0]
-    assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1)
-
-
-def test_stopped_by_max_iters_and_resumed_gives_the_same_losses(checkout, run):
-    checkout.train("out/halves", "--max_iters=4", "--lr_decay_iters=8", "--eval_interval=4", "--dropout=0.1", "--momentum=0.8")
-    code, out, err = checkout.run("train.py", "--resume", "--out_dir=out/halves", "--max_iters=8", "--num_workers=2")  # made ahead, the same batches
-    assert code == 0, err
-    assert checkout.log("out/halves") == checkout.log("out/whole")
-
-
-def wait_for(condition, seconds=60):
-    end = time.time() + seconds
+def wait_for(condition, process, seconds=60):
+    """Wait until a process in the background has got so far."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.time() < end, "waited too long"
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited too long"
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_interrupted_and_resumed_gives_the_same_losses(checkout, number):
-    args = ["--max_iters=600", "--eval_interval=50"]
-    if not (checkout.folder / "out/unbroken").exists():
-        checkout.train("out/unbroken", *args)
-    out_dir = f"out/{number.name}"
-    process = checkout.start("train.py", "--dataset=play.txt", f"--out_dir={out_dir}", *SMALL, *args)
-    log = checkout.folder / out_dir / "log.csv"
-    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) > 120)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    if number != signal.SIGKILL:
-        assert process.returncode == 0 and "stopped at step" in out and "--resume" in out, err
-    step = torch.load(checkout.folder / out_dir / "ckpt.pt", weights_only=True)["step"]
-    assert 100 <= step < 600
-    code, out, err = checkout.run("train.py", "--resume", f"--out_dir={out_dir}")
-    assert code == 0, err
-    assert checkout.log(out_dir) == checkout.log("out/unbroken")
+# --- What a run leaves
+
+def test_run_leaves_its_files_and_ends_with_text_and_their_paths(checkout, run):
+    folder = checkout.folder / "out/whole"
+    assert {f.name for f in folder.iterdir()} == set(checkpoint.FILES)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "play.txt (sha256 " in run and "writes:" in run
+    assert all(f"out/whole/{name}" in run for name in ("loss.png", "ckpt.pt", "best.pt"))
+    found = rows(checkout, "out/whole")
+    assert [int(row["step"]) for row in found] == list(range(9))
+    assert [row["step"] for row in found if row["val_loss"]] == ["0", "4", "8"]
+    assert all(float(row["loss"]) > 0 for row in found[:-1])
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["train"]["max_iters"] == 8 and len(saved["data"]["sha256"]) == 64
+    assert saved["data"]["source"].endswith("play.txt")
 
 
-def test_two_processes_train_as_one_with_the_same_batch(checkout):
-    checkout.train("out/one", "--max_iters=6", "--batch_size=4", "--eval_interval=3")
-    code, out, err = checkout.run("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29617", "train.py", "--dataset=play.txt",
-                                  "--out_dir=out/two", *SMALL, "--max_iters=6", "--batch_size=2", "--eval_interval=3")
-    assert code == 0, err
-    accumulated = checkout.train("out/accumulated", "--max_iters=6", "--batch_size=2", "--gradient_accumulation_steps=2", "--eval_interval=3")
-    losses = {}
-    for name in ("one", "two", "accumulated"):
-        losses[name] = [float(row["loss"]) for row in csv.DictReader(checkout.log(f"out/{name}").splitlines()) if row["loss"]]
-    assert len(losses["one"]) == 6
-    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4) and losses["accumulated"] == pytest.approx(losses["one"], rel=1e-4)
+def test_best_and_last_can_be_told_apart(checkout, run):
+    last, best = (torch.load(checkout.folder / "out/whole" / name, weights_only=True)
+                  for name in ("ckpt.pt", "best.pt"))
+    assert last["step"] == 8 and best["val_loss"] == last["best_val_loss"]
+    assert "optimizers" in last and "optimizers" not in best
+
+
+def test_muon_heeds_its_flags(checkout, run):
+    found = torch.load(checkout.folder / "out/whole/ckpt.pt", weights_only=True)
+    group = found["optimizers"][0]["param_groups"][0]
+    assert (group["momentum"], group["weight_decay"]) == (0.8, 0.1)
 
 
 def test_learning_rate_warms_up_and_decays():
     config = TrainConfig(max_iters=100, warmup_iters=9, learning_rate=0.02, min_lr=0.002)
-    factors = [lr_factor(step, config) for step in range(101)]
+    factors = [learning_rate_factor(step, config) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0.1)
     assert max(factors) == factors[9] and factors[9:] == sorted(factors[9:], reverse=True)
-    assert lr_factor(100, TrainConfig(max_iters=50, lr_decay_iters=200)) == pytest.approx(0.5)
+    longer = TrainConfig(max_iters=50, lr_decay_iters=200)
+    assert learning_rate_factor(100, longer) == pytest.approx(0.5)
 
 
-def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(checkout, call, run):
-    code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/nan", *SMALL, "--max_iters=20", "--eval_interval=20",
-                          "--adam_lr=1e30", "--grad_clip=0")
-    assert re.search(r"step [1-3]: the loss is not finite; out/nan keeps .* lower --learning_rate", code)
+class Numbered:
+    """Data whose batches say which ones they are."""
+    progress = 7
+
+    def batch(self, config, step, part):
+        return torch.tensor([step, part, self.progress]), torch.tensor([config.seed])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_come_in_order_up_to_the_next_evaluation(num_workers):
+    config = SimpleNamespace(num_workers=num_workers, seed=5, gradient_accumulation_steps=2,
+                             eval_interval=10, max_iters=23)
+    for first, end in ((7, 10), (20, 23)):
+        found = list(batches(Numbered(), config, first, 1, 3, torch.device("cpu")))
+        # the second of three processes has parts 1 and 1 + 3 of each step
+        wanted = [[step, part, 7] for step in range(first, end) for part in (1, 4)]
+        assert [x.tolist() for x, _ in found] == wanted
+        assert all(y.tolist() == [5] for _, y in found)
+
+
+def test_any_number_of_steps_between_evaluations_takes_no_memory():
+    config = SimpleNamespace(num_workers=0, seed=5, gradient_accumulation_steps=10 ** 6,
+                             eval_interval=2 ** 31 - 1, max_iters=2 ** 31 - 1)
+    x, _ = next(batches(Numbered(), config, 0, 0, 1, torch.device("cpu")))
+    assert x.tolist() == [0, 0, 7]
+
+
+def test_run_begins_with_the_weights_of_another(checkout, run):
+    checkout.train("out/more", "--max_iters=0", "--init_from=out/whole")
+    first, second = (torch.load(checkout.folder / path / "best.pt", weights_only=True)
+                     for path in ("out/whole", "out/more"))
+    assert all(torch.equal(p, second["model"][name]) for name, p in first["model"].items())
+    assert first["val_loss"] == second["val_loss"] and second["step"] == 0
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--init_from=out/nothing"], "out/nothing/best.pt"),
+    (["--init_from=out/whole", "--n_layer=2"], "give --n_layer=1"),
+    (["--init_from=out/whole", "--dataset=letters.txt"], "another tokenizer"),
+], ids=str)
+def test_weights_of_another_model_are_refused(checkout, call, run, args, named):
+    letters = "".join(sorted(set((checkout.folder / "play.txt").read_text())))
+    as_many_others = letters.replace("a", "\u00e4") * 50
+    (checkout.folder / "letters.txt").write_text(as_many_others, encoding="utf-8")
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/odd", *SMALL, *args)
+    assert is_one_line(code, err, named)
+    assert not (checkout.folder / "out/odd/ckpt.pt").exists()
+
+
+# --- A run goes on where it stopped
+
+def test_stopped_by_max_iters_and_resumed_gives_the_same_losses(checkout, call, run):
+    checkout.train("out/halves", *EIGHT, "--max_iters=4", "--lr_decay_iters=8")
+    code, _, err = call("train.py", "--resume", "--out_dir=out/halves", "--max_iters=8",
+                        "--num_workers=2")  # made ahead, the same batches
+    assert code == 0, err
+    assert checkout.log("out/halves") == checkout.log("out/whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL],
+                         ids=lambda number: number.name)
+def test_interrupted_and_resumed_gives_the_same_losses(checkout, call, number):
+    args = ["--max_iters=400", "--eval_interval=50"]
+    if not (checkout.folder / "out/unbroken").exists():
+        checkout.train("out/unbroken", *args)
+    out_dir = f"out/{number.name}"
+    folder = checkout.folder / out_dir
+    process = checkout.start("train.py", "--dataset=play.txt", f"--out_dir={out_dir}", *SMALL,
+                             "--num_workers=1", *args)
+    wait_for(lambda: (folder / "log.csv").exists() and checkout.log(out_dir).count("\n") > 60,
+             process)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 0 and "stopped at step" in out and "--resume" in out, err
+    assert 50 <= step_of(folder) < 400
+    code, _, err = call("train.py", "--resume", f"--out_dir={out_dir}", "--num_workers=0")
+    assert code == 0, err
+    assert checkout.log(out_dir) == checkout.log("out/unbroken")
+
+
+def test_a_signal_to_the_whole_group_stops_a_run_that_makes_batches_ahead(checkout):
+    process = checkout.start("train.py", "--dataset=play.txt", "--out_dir=out/group", *SMALL,
+                             "--max_iters=1000000", "--num_workers=2")
+    log = checkout.folder / "out/group/log.csv"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") > 20, process)
+    os.killpg(process.pid, signal.SIGTERM)  # as timeout and job schedulers do
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped at step" in out, err
+    assert step_of(checkout.folder / "out/group") >= 20, "nothing of the training is lost"
+
+
+def test_a_stop_during_a_long_evaluation_under_torchrun_loses_nothing(checkout):
+    checkout.train("out/long", "--max_iters=2", "--gradient_accumulation_steps=2")
+    folder = checkout.folder / "out/long"
+    process = checkout.start(*TORCHRUN, "train.py", "--resume", "--out_dir=out/long",
+                             "--max_iters=4", "--eval_interval=3", "--eval_iters=1000000")
+    wait_for(lambda: step_of(folder) == 3, process)  # saved before the evaluation, which is long
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert "stopped at step 3, saved in out/long" in out, err
+    assert step_of(folder) == 3
+
+
+@pytest.fixture
+def stop():
+    """A Stop, whose signal handlers go away after the test."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield Stop(torch.device("cpu"), 1)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def two_rows(continues=False):
+    """An evaluation batch with three answers: 4, 5 and 5."""
+    y = torch.tensor([[-1, 4, -1], [5, -1, 5]])
+    return EvaluationBatch("val_loss", torch.zeros_like(y), y, continues, ["qa1", "qa6"])
+
+
+class Parrot(torch.nn.Module):
+    """A model that says 5 at each place; its loss counts the batches of a stream."""
+
+    def forward(self, x, y, state=None):
+        batches_before = state or 0
+        logits = torch.nn.functional.one_hot(torch.full_like(x, 5), 6).float()
+        return logits, torch.tensor(float(batches_before)), batches_before + 1
+
+
+def evaluate(evaluation_batches, stop):
+    data = SimpleNamespace(evaluation_batches=lambda config: evaluation_batches)
+    config = SimpleNamespace(dtype="float32")
+    return train.evaluate(Parrot(), data, config, torch.device("cpu"), stop)
+
+
+def test_evaluation_stops_between_two_batches(stop):
+    def endless():
+        yield two_rows()
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            yield two_rows()
+
+    assert evaluate(endless(), stop) is None
+
+
+def test_each_target_and_each_answer_counts_the_same(stop):
+    long = EvaluationBatch("val_loss", torch.zeros(1, 9, dtype=torch.long),
+                           torch.full((1, 9), 5), True, [])
+    found = evaluate([two_rows(), long], stop)
+    assert found["val_loss"] == (3 * 0 + 9 * 1) / 12
+    assert found["accuracy"] == pytest.approx(2 / 3)
+    assert (found["qa1"], found["qa6"]) == (0, 1)
+
+
+def test_state_is_carried_along_a_stream_and_not_into_another(stop):
+    stream = [two_rows(), two_rows(continues=True), two_rows(continues=True), two_rows()]
+    assert evaluate(stream, stop)["val_loss"] == (0 + 1 + 2 + 0) / 4
+
+
+# --- Several processes
+
+def test_two_processes_train_as_one_with_the_same_batch(checkout, call):
+    """... and one goes on with the batch of two, from any folder."""
+    six = ["--max_iters=6", "--eval_interval=3"]
+    checkout.train("out/one", *six, "--batch_size=4")
+    checkout.train("out/accumulated", *six, "--gradient_accumulation_steps=2")
+    code, _, err = checkout.run(*TORCHRUN, "train.py", "--dataset=play.txt", "--out_dir=out/two",
+                                *SMALL, "--max_iters=3", "--lr_decay_iters=6", "--eval_interval=3")
+    assert code == 0, err
+    code, _, err = call("train.py", "--resume", "--out_dir=out/two", "--max_iters=6")
+    assert code == 0, err
+    losses = {name: [float(row["loss"]) for row in rows(checkout, f"out/{name}") if row["loss"]]
+              for name in ("one", "two", "accumulated")}
+    assert len(losses["one"]) == 6
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert losses["accumulated"] == pytest.approx(losses["one"], rel=1e-4)
+    saved = checkpoint.load_config(checkout.folder / "out/two")
+    assert (saved["processes"], saved["train"]["gradient_accumulation_steps"]) == (1, 2)
+
+
+@pytest.mark.parametrize("environment, named", [
+    ({"RANK": "1"}, "WORLD_SIZE"), ({"WORLD_SIZE": "2"}, "RANK"), ({"RANK": "x"}, "RANK=x"),
+    ({"RANK": "5", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=5")], ids=str)
+def test_half_set_environment_is_refused(checkout, call, monkeypatch, environment, named):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/half", *SMALL)
+    assert is_one_line(code, err, named, "torchrun")
+    assert not (checkout.folder / "out/half").exists()
+
+
+# --- Nobody's work is lost
+
+@pytest.mark.parametrize("args, named", [
+    ([], "there is a run in out/copy"), (["--resume", "--n_layer=2"], "n_layer=2"),
+    (["--resume", "--batch_size=9"], "batch_size=9"),
+    (["--resume", "--max_iters=3"], "max_iters=3"), (["--resume", "--seed=9"], "seed=9"),
+    (["--resume", "--dataset=other.txt"], "other.txt"), (["--resume", "--overwrite"], "exclude"),
+], ids=str)
+def test_a_run_is_not_overwritten_or_resumed_as_another(call, copy, args, named):
+    before = contents(copy)
+    code, _, err = call("train.py", "--out_dir=out/copy", *args)
+    assert is_one_line(code, err, named)
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_folder_with_a_single_file_of_a_run_is_not_written_into(call, copy, name):
+    for other in set(checkpoint.FILES) - {name}:
+        (copy / other).unlink()
+    before = contents(copy)
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", *SMALL)
+    assert is_one_line(code, err, "out/copy", "--overwrite")
+    assert contents(copy) == before
+
+
+def test_overwrite_replaces_a_run(checkout, copy):
+    checkout.train("out/copy", "--max_iters=2", "--overwrite", "--seed=2")
+    assert step_of(copy) == 2 and len(rows(checkout, "out/copy")) == 3
+
+
+@pytest.mark.parametrize("args", [["--n_head=3"], ["--dataset=none.txt"], ["--tokenizer=bpe"],
+                                  ["--init_from=out/none"], ["--n_embd=1000000"]], ids=str)
+def test_overwrite_that_is_refused_keeps_the_old_run(call, copy, args):
+    before = contents(copy)
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", "--overwrite",
+                        *SMALL, *args)
+    assert is_one_line(code, err)
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "ckpt.pt"])
+def test_overwrite_that_dies_while_it_saves_leaves_no_mixed_run(checkout, call, copy, name):
+    def atomic_open(path, *args, **kwargs):
+        if path.name == name:
+            raise OSError(f"{path} cannot be written")
+        return original(path, *args, **kwargs)
+
+    original = files.atomic_open
+    with (patch("lib.checkpoint.atomic_open", atomic_open),
+          patch("data.files.atomic_open", atomic_open)):
+        code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", "--overwrite",
+                            *SMALL, "--n_layer=2")
+    assert is_one_line(code, err, name)
+    code, out, err = call("sample.py", "--out_dir=out/copy", "--device=cpu")
+    assert is_one_line(code, err, "there is no checkpoint") and not out
+
+
+def test_a_checkpoint_is_saved_before_the_evaluation(checkout):
+    seen = []
+
+    def evaluate(model, data, config, device, stop):
+        seen.append(step_of(checkout.folder / "out/first"))
+        return original(model, data, config, device, stop)
+
+    original = train.evaluate
+    with patch("train.evaluate", evaluate):
+        checkout.train("out/first", "--max_iters=4", "--eval_interval=2")
+    assert seen == [0, 2, 4]
+
+
+@pytest.mark.parametrize("interval", [1, 20])
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(checkout, call, interval):
+    code, _, _ = call("train.py", "--dataset=play.txt", "--out_dir=out/nan", *SMALL, "--overwrite",
+                      "--max_iters=20", f"--eval_interval={interval}", "--learning_rate=1e38",
+                      "--adam_lr=1e38", "--grad_clip=0")
+    assert re.search(r"step [1-3]: the loss is not finite; out/nan keeps .* lower --learning_rate",
+                     code)
+    found = torch.load(checkout.folder / "out/nan/ckpt.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in found["model"].values())
     code, out, err = call("sample.py", "--out_dir=out/nan", "--max_new_tokens=5", "--device=cpu")
+    assert code == 0 and len(out) == 5 + len("\n"), err
+
+
+LOGS = {"one more column": lambda log: log.replace("\r\n", ",x\r\n", 1),
+        "one more column throughout": lambda log: log.replace("\r\n", ",1\r\n"),
+        "one more cell": lambda log: log[:-2] + ",7\r\n",
+        "one more cell in the middle": lambda log: log.replace("\r\n3", ",7\r\n3"),
+        "one cell less": lambda log: log.replace(",\r\n3", "\r\n3"),
+        "a word": lambda log: log.replace("\r\n3,", "\r\n3,low", 1),
+        "cut in an early row": lambda log: log[:len(log) // 3]}
+
+
+@pytest.mark.parametrize("damage", LOGS)
+def test_resume_keeps_a_log_that_it_does_not_understand(call, copy, damage):
+    log = (copy / "log.csv").read_bytes().decode()
+    assert LOGS[damage](log) != log
+    (copy / "log.csv").write_bytes(LOGS[damage](log).encode())
+    before = contents(copy)
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=10")
+    assert is_one_line(code, err, "log.csv:")
+    assert contents(copy) == before
+
+
+def test_resume_makes_the_row_again_that_was_cut_when_the_run_was_killed(checkout, call, copy):
+    log = (copy / "log.csv").read_bytes()
+    (copy / "log.csv").write_bytes(log[:log.rindex(b"8,") + 4])
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy")
     assert code == 0, err
+    assert (copy / "log.csv").read_bytes() == log
 
 
-@pytest.mark.parametrize("args, named", [
-    (["--bathc_size=3"], "--batch_size"), (["--batch_size=three"], "batch_size=three"), (["--batch_size=0"], "batch_size=0"),
-    (["--n_head=3"], "n_head=3"), (["--mem_slots=17"], "mem_slots=17"), (["--mem_write=aligned"], "block_size=8"),
-    (["--vocab_size=5"], "vocab_size=5"), (["--tokenizer=bpe", "--vocab_size=99"], "vocab_size=99"), (["--tokenizer=words"], "tokenizer=words"),
-    (["--dataset=shakespear"], "dataset=shakespear"), (["--dataset=empty.txt"], "empty.txt is empty"), (["--dataset=latin1.txt"], "not UTF-8"),
-    (["--dataset=short.txt"], "too few"), (["--device=tpu"], "device=tpu"), (["--dtype=int8"], "dtype=int8"), (["--config=no.toml"], "no.toml"),
-    (["--resume"], "no run to resume"), (["--resume", "--overwrite"], "exclude each other"), (["--learning_rate=-1"], "learning_rate=-1"),
-    (["--momentum=1"], "momentum=1"), (["--rehearse=1.5"], "rehearse=1.5"), (["--num_workers=-1"], "num_workers=-1"),
-    (["--out_dir=play.txt"], "out_dir=play.txt"), (["--out_dir=play.txt/run"], "out_dir=play.txt/run")], ids=str)
-def test_bad_input_is_refused_in_one_line(checkout, call, args, named):
-    for name, content in (("empty.txt", b""), ("latin1.txt", b"caf\xe9 " * 99), ("short.txt", b"To be.")):
-        (checkout.folder / name).write_bytes(content)
-    code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/bad", *SMALL, *args)
-    assert code == 2 and err.startswith("error: ") and named in err and err.count("\n") == 1
-    assert not (checkout.folder / "out/bad").exists()
-
-
-@pytest.mark.parametrize("args, named", [
-    ([], "there is a run in out/whole"), (["--resume", "--n_layer=2"], "n_layer=2"), (["--resume", "--batch_size=9"], "batch_size=9"),
-    (["--resume", "--max_iters=3"], "max_iters=3")], ids=str)
-def test_a_run_is_not_overwritten_or_resumed_as_another(checkout, call, run, args, named):
-    before = {f.name: f.read_bytes() for f in (checkout.folder / "out/whole").iterdir()}
-    code, out, err = call("train.py", "--out_dir=out/whole", *args)
-    assert code == 2 and named in err and err.count("\n") == 1
-    assert before == {f.name: f.read_bytes() for f in (checkout.folder / "out/whole").iterdir()}
-
-
-def test_run_from_before_a_flag_goes_on_as_with_its_default(checkout, call):
-    checkout.train("out/old", "--max_iters=2", "--lr_decay_iters=4")
-    path = checkout.folder / "out/old/config.json"
-    saved = json.loads(path.read_text())
-    del saved["train"]["init_from"]
-    path.write_text(json.dumps(saved))
-    code, _, err = call("train.py", "--resume", "--out_dir=out/old", "--init_from=out/whole")
-    assert code == 2 and "init_from=out/whole cannot change" in err and err.count("\n") == 1
-    code, _, err = call("train.py", "--resume", "--out_dir=out/old", "--max_iters=3")
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_resume_without_a_log_begins_a_new_one(checkout, call, copy, kind):
+    (copy / "log.csv").unlink() if kind == "missing" else (copy / "log.csv").write_text("")
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=10")
     assert code == 0, err
+    assert [row["step"] for row in rows(checkout, "out/copy")] == ["8", "9", "10"]
 
 
-def test_overwrite_replaces_a_run(checkout):
-    checkout.train("out/again", "--max_iters=4")
-    checkout.train("out/again", "--max_iters=2", "--overwrite", "--seed=2")
-    assert torch.load(checkout.folder / "out/again/ckpt.pt", weights_only=True)["step"] == 2
+def test_resume_without_a_best_checkpoint_makes_one(call, copy):
+    (copy / "best.pt").unlink()
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=9")
+    assert code == 0 and step_of(copy, "best.pt") >= 8, err
+
+
+def test_a_full_disk_is_told_before_work_is_done(checkout, call):
+    usage = shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 0)
+    with patch("shutil.disk_usage", return_value=usage):
+        code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/full", *SMALL)
+    assert is_one_line(code, err, "out_dir=out/full", "make room") and "step" not in out
+    assert contents(checkout.folder / "out/full") == {}
+
+
+def test_a_disk_that_fills_up_costs_no_file(checkout, copy):
+    before = (copy / "ckpt.pt").read_bytes()
+    limited = ("import resource, runpy, sys; sys.argv = sys.argv[1:];"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+               "runpy.run_path('train.py', run_name='__main__')")
+    code, _, err = checkout.run("-c", limited, "train.py", "--resume", "--out_dir=out/copy",
+                                "--max_iters=10")
+    assert is_one_line(code, err, "out/copy/ckpt.pt")
+    assert (copy / "ckpt.pt").read_bytes() == before
+    assert {f.name for f in copy.iterdir()} == set(checkpoint.FILES), "nothing is left aside"
+
+
+# --- Nothing derived is trusted unchecked
+
+@pytest.mark.parametrize("changed", ["trainer", "simulator"])
+def test_resume_uses_the_tokenizer_of_the_run(checkout, call, changed):
+    """... whatever the same text would give today."""
+    out_dir = f"out/{changed}"
+    stories = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=0k"]
+    bpe = ["--tokenizer=bpe", "--vocab_size=300", "--max_iters=2"]
+    args = bpe if changed == "trainer" else [*stories, *bpe]
+    code, _, err = call("train.py", "--dataset=play.txt", f"--out_dir={out_dir}", *SMALL, *args)
+    assert code == 0, err
+    before = (checkout.folder / out_dir / "tokenizer.json").read_bytes()
+    other = tokenizers.train_bpe("quite another text, quite another trainer. " * 99, 270)
+    with (patch("data.tokenizer.train_bpe", lambda *_: other),
+          patch("data.curriculum.tokenizer_text", lambda text: "none of this")):
+        code, _, err = call("train.py", "--resume", f"--out_dir={out_dir}", "--max_iters=3")
+    assert code == 0, err
+    assert (checkout.folder / out_dir / "tokenizer.json").read_bytes() == before
 
 
 def test_resume_notices_that_the_text_has_changed(checkout, call):
     play = checkout.folder / "changing.txt"
     play.write_text("One text. " * 99)
-    assert call("train.py", "--dataset=changing.txt", "--out_dir=out/changing", *SMALL, "--max_iters=2")[0] == 0
-    play.write_text("Another text. " * 99)
-    code, out, err = call("train.py", "--out_dir=out/changing", "--resume", "--max_iters=4")
-    assert code == 2 and "changing.txt" in err
+    args = ["train.py", "--out_dir=out/changing"]
+    assert call(*args, "--dataset=changing.txt", *SMALL, "--max_iters=2")[0] == 0
+    for text in ("Another text. " * 99, "Of other Letters? " * 99):
+        play.write_text(text)
+        code, _, err = call(*args, "--resume", "--max_iters=4")
+        assert is_one_line(code, err, "changing.txt") or is_one_line(code, err, "vocabulary")
+
+
+@pytest.mark.parametrize("args", [[], ["--dataset=babilong", "--tasks=qa1", "--lengths=0k"]],
+                         ids=["dataset", "corpus"])
+def test_resume_finds_the_text_from_another_folder(checkout, args):
+    out_dir = checkout.folder / "out/moved"
+    checkout.train("out/moved", "--corpus=play.txt", *args, "--max_iters=1", "--overwrite")
+    elsewhere = checkout.folder / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    there = Checkout.__new__(Checkout)
+    there.folder = elsewhere
+    code, _, err = there.call("train.py", "--resume", f"--out_dir={out_dir}", "--max_iters=2")
+    assert code == 0 and step_of(out_dir) == 2, err
+
+
+def test_a_run_that_was_renamed_goes_on_in_its_new_folder(checkout, call, copy):
+    """... and the folder that has its old name is left alone."""
+    before = contents(checkout.folder / "out/whole")
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=9")
+    assert code == 0 and step_of(copy) == 9, err
+    assert contents(checkout.folder / "out/whole") == before
+
+
+def test_run_from_before_a_flag_goes_on_as_with_its_default(call, copy):
+    saved = json.loads((copy / "config.json").read_text())
+    del saved["train"]["init_from"], saved["processes"]
+    (copy / "config.json").write_text(json.dumps(saved))
+    args = ["train.py", "--resume", "--out_dir=out/copy"]
+    code, _, err = call(*args, "--init_from=out/whole")
+    assert is_one_line(code, err, "init_from=out/whole cannot change")
+    code, _, err = call(*args, "--max_iters=9")
+    assert code == 0, err
+
+
+def test_compile_survives_a_resume(checkout, call, copy):
+    saved = json.loads((copy / "config.json").read_text())
+    saved["train"]["compile"] = True
+    (copy / "config.json").write_text(json.dumps(saved))
+    args = ["train.py", "--resume", "--out_dir=out/copy"]
+    with (patch("lib.device.can_compile", return_value=True),
+          patch("torch.compile", side_effect=lambda model: model) as compiled):
+        code, _, err = call(*args, "--max_iters=9")
+        assert code == 0 and compiled.called, err
+        code, _, err = call(*args, "--max_iters=10", "--compile=False")
+        assert code == 0, err
+    assert not checkpoint.load_config(copy)["train"]["compile"]
+    with patch("lib.device.can_compile", return_value=False):
+        code, _, err = call(*args, "--max_iters=11", "--compile")
+    assert is_one_line(code, err, "compile=True", "g++", "--compile=False")
+
+
+# --- Damaged and foreign runs
+
+def edited(name, change):
+    """A way to damage a run: change what is in one of its files; a dict may be changed in place."""
+    def damage(folder):
+        path, is_json = folder / name, name.endswith(".json")
+        value = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
+        value = change(value) or value
+        path.write_text(json.dumps(value)) if is_json else torch.save(value, path)
+    return damage
+
+
+def without(key, part=None):
+    """A change for `edited`: a key is gone."""
+    def change(found):
+        del (found[part] if part else found)[key]
+    return change
+
+
+def truncated(name):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+DAMAGES = {
+    "best.pt copied over ckpt.pt": (
+        lambda folder: shutil.copy(folder / "best.pt", folder / "ckpt.pt"), "best.pt"),
+    "ckpt.pt of nanoGPT": (edited("ckpt.pt", lambda found: {
+        "model": found["model"], "model_args": {}, "optimizer": {}, "iter_num": 3, "config": {},
+        "best_val_loss": 2.0}), "another program"),
+    "ckpt.pt missing": (lambda folder: (folder / "ckpt.pt").unlink(), "ckpt.pt"),
+    "ckpt.pt truncated": (truncated("ckpt.pt"), "ckpt.pt is damaged"),
+    "ckpt.pt of another model": (
+        edited("ckpt.pt", lambda found: found["model_config"].update(n_layer=2)), "n_layer=2"),
+    "ckpt.pt of a newer version": (
+        edited("ckpt.pt", lambda found: found["model_config"].update(new=2)), "new"),
+    "ckpt.pt with a weight less": (
+        edited("ckpt.pt", without("norm.weight", "model")), "norm.weight"),
+    "ckpt.pt with another optimizer": (
+        edited("ckpt.pt", without(0, "optimizers")), "ckpt.pt"),
+    "ckpt.pt with a step that is no number": (
+        edited("ckpt.pt", lambda found: found.update(step="8")), "step"),
+    "best.pt damaged": (truncated("best.pt"), "best.pt is damaged"),
+    "config.json missing": (lambda folder: (folder / "config.json").unlink(), "no run to resume"),
+    "config.json truncated": (truncated("config.json"), "config.json is damaged"),
+    "config.json a list": (edited("config.json", lambda found: [found]), "config.json is damaged"),
+    "config.json of another run": (
+        edited("config.json", lambda found: found["train"].update(n_embd=32)), "n_embd"),
+    "config.json with a word for a number": (
+        edited("config.json", lambda found: found["train"].update(max_iters="x")), "max_iters=x"),
+    "config.json with a list for a word": (
+        edited("config.json", lambda found: found["train"].update(memory=["lm2"])), "memory="),
+    "config.json with nan": (
+        edited("config.json", lambda found: found["train"].update(min_lr=float("nan"))), "min_lr"),
+    "config.json with a value out of range": (
+        edited("config.json", lambda found: found["train"].update(n_head=-2)), "n_head=-2"),
+    "config.json with an unknown key": (
+        edited("config.json", lambda found: found["train"].update(bank=2)), "bank is not known"),
+    "config.json without a part": (
+        edited("config.json", without("train")), "'train'"),
+    "config.json with other processes": (
+        edited("config.json", lambda found: found.update(processes="two")), "processes=two"),
+    "tokenizer.json missing": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+    "tokenizer.json without its kind": (
+        edited("tokenizer.json", without("kind")), "tokenizer.json"),
+    "tokenizer.json of another run": (
+        edited("tokenizer.json", lambda found: {**found, "chars": found["chars"][::-1]}),
+        "tokenizer.json"),
+    "log.csv a folder": (
+        lambda folder: (folder / "log.csv").unlink() or (folder / "log.csv").mkdir(), "log.csv"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_or_foreign_run_is_not_resumed(call, copy, name):
+    damage, named = DAMAGES[name]
+    damage(copy)
+    before = {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()}
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=10")
+    assert is_one_line(code, err, named)
+    assert {f.name: f.read_bytes() for f in copy.iterdir() if f.is_file()} == before
+
+
+def test_checkpoint_of_a_compiled_model_is_resumed_and_sampled(call, copy):
+    for name in ("ckpt.pt", "best.pt"):
+        edited(name, lambda found: found.update(
+            model={f"_orig_mod.{key}": value for key, value in found["model"].items()}))(copy)
+    assert call("sample.py", "--out_dir=out/copy", "--device=cpu", "--max_new_tokens=3")[0] == 0
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=9")
+    assert code == 0, err
+
+
+# --- Bad input
+
+FIELDS = {name: field.type for name, field in TrainConfig.__dataclass_fields__.items()}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FIELDS.items() if kind in (int, float)])
+def test_no_number_is_nan_infinite_or_too_long(capsys, name):
+    values = ["nan", "inf", "-inf", "NaN", "1e999", "-1e999", "many", "", "0x3"]
+    if FIELDS[name] is int:
+        values += ["9" * 23, "-" + "9" * 23, "2147483648", "1.5"]
+    for value in values:
+        with pytest.raises(SystemExit) as e:
+            parse(TrainConfig, "", [f"--{name}={value}"])
+        assert is_one_line(e.value.code, capsys.readouterr().err, f"{name}={value}")
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--bathc_size=3"], "--batch_size"), (["--batch_size=three"], "batch_size=three"),
+    (["--batch_size=0"], "batch_size=0"), (["--n_head=3"], "n_head=3"),
+    (["--mem_slots=17"], "mem_slots=17"), (["--mem_write=aligned"], "block_size=8"),
+    (["--vocab_size=5"], "vocab_size=5"), (["--tokenizer=words"], "tokenizer=words"),
+    (["--tokenizer=bpe", "--vocab_size=99"], "vocab_size=99"),
+    (["--dataset=shakespear"], "shakespear"), (["--dataset=empty.txt"], "empty.txt is empty"),
+    (["--dataset=latin1.txt"], "not UTF-8"), (["--dataset=short.txt"], "too few"),
+    (["--dataset="], "dataset is empty"), (["--corpus= "], "corpus is empty"),
+    (["--out_dir="], "out_dir is empty"), (["--device=tpu"], "device=tpu"),
+    (["--device=meta"], "device=meta"), (["--dtype=int8"], "dtype=int8"),
+    (["--config=no.toml"], "no.toml"), (["--resume"], "no run to resume"),
+    (["--learning_rate=-1"], "learning_rate=-1"), (["--momentum=1"], "momentum=1"),
+    (["--rehearse=1.5"], "rehearse=1.5"), (["--num_workers=-1"], "num_workers=-1"),
+    (["--num_workers=1000000"], "num_workers=1000000"), (["--seed=-1"], "seed=-1"),
+    (["--out_dir=play.txt"], "out_dir=play.txt"),
+    (["--out_dir=play.txt/run"], "out_dir=play.txt/run"),
+    (["--match_params=out/none"], "out/none"), (["stray"], "stray"), (["-x"], "-x"),
+    (["--n_layer = 2"], "--n_layer"), (["--compile=maybe"], "compile=maybe"),
+], ids=str)
+def test_bad_input_is_refused_in_one_line(checkout, call, args, named):
+    for name, content in (("empty.txt", b""), ("latin1.txt", b"caf\xe9 " * 99),
+                          ("short.txt", b"To be.")):
+        (checkout.folder / name).write_bytes(content)
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/bad", *SMALL, *args)
+    assert is_one_line(code, err, named)
+    assert not (checkout.folder / "out/bad").exists()
+
+
+@pytest.mark.parametrize("flag", ["--n_embd=1000000", "--n_layer=1000000000", "--mlp_ratio=1e300",
+                                  "--n_embd=2147483644", "--batch_size=100000000",
+                                  "--eval_iters=2147483647"])
+def test_what_no_machine_has_memory_for_is_refused_before_it_is_tried(checkout, call, flag):
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/bad", *SMALL, flag)
+    assert is_one_line(code, err, "memory")
+    assert not (checkout.folder / "out/bad").exists()
+
+
+@pytest.mark.parametrize("message", ["DefaultCPUAllocator: can't allocate memory: you tried",
+                                     "CUDA out of memory. Tried to allocate 2 GiB"])
+def test_memory_that_runs_out_is_told_in_one_line(call, message):
+    with patch("train.checkpoint.make_model", side_effect=[torch.nn.Module(), RuntimeError(message)]
+               ), patch("train.run.check_memory"):
+        train.checkpoint.make_model(None)
+        code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/bad", *SMALL)
+    assert is_one_line(code, err, "out of memory")
+
+
+# --- Text and consoles
+
+def test_folders_may_have_any_name(checkout):
+    checkout.train("out/two words/\u00fcber \u4e2d", "--max_iters=1")
+    assert step_of(checkout.folder / "out/two words/\u00fcber \u4e2d") == 1
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_console_that_lacks_a_character_shows_something_else(checkout, encoding):
+    (checkout.folder / "russian.txt").write_text("\u0416\u0443\u043a " * 300, encoding="utf-8-sig")
+    code, out, err = checkout.run("train.py", "--dataset=russian.txt", "--overwrite",
+                                  f"--out_dir=out/\u0416{encoding}", *SMALL, "--max_iters=1",
+                                  PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert code == 0 and "writes:" in out and "??" in out, err
+    tokenizer = json.loads((checkout.folder / f"out/\u0416{encoding}/tokenizer.json").read_text())
+    assert tokenizer["chars"] == " \u0416\u043a\u0443", "without the byte order mark"
+
+
+# --- Help and presets
+
+def test_help_is_in_groups(call):
+    code, out, _ = call("train.py", "--help")
+    headings = re.findall(r"^(\w+):$", out, re.M)
+    groups = ["data", "model", "memory", "optimization", "evaluation", "machine", "run"]
+    assert code == 0 and set(groups) <= set(headings)
+    assert all(f"--{name} " in out for name in TrainConfig.__dataclass_fields__)
+
+
+PRESETS = sorted((REPO / "config").glob("*.toml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.name)
+def test_every_preset_loads(preset):
+    config, given = parse(TrainConfig, "", [f"--config={preset}"])
+    assert {"dataset", "out_dir"} <= given
+    assert max(map(len, preset.read_text().splitlines())) <= 100
+    assert config.n_layer >= 4
+
+
+def test_no_two_programs_or_presets_write_into_the_same_folder():
+    folders = [tomllib.loads(path.read_text())["out_dir"] for path in PRESETS]
+    folders += [TrainConfig(dataset=name).out_dir for name in ("shakespeare", "babilong")]
+    folders += [EvalConfig(["run"]).out_dir]
+    assert len(PRESETS) == 6 and all(folders)
+    assert [folder for folder, n in Counter(folders).items() if n > 1] == []
+    assert SampleConfig().out_dir == TrainConfig().out_dir

@@ -1,0 +1,215 @@
+"""What surrounds the training loop: processes, the start of a run from another one, its stop."""
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lib import checkpoint
+from lib.config import from_dict
+from lib.device import memory_of
+
+RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype",
+             "num_workers", "compile", "out_dir", "resume", "overwrite"}
+
+
+def processes():
+    """
+    Rank of this process and number of processes, as torchrun sets them. Raises ValueError where
+    the environment says half of it.
+    """
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    remedy = "start several processes with torchrun, or unset RANK and WORLD_SIZE"
+    numbers = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if numbers["WORLD_SIZE"] == "1":
+        numbers["LOCAL_RANK"] = "0"  # nothing is shared out
+    for name, value in numbers.items():
+        if not value.isdecimal():
+            raise ValueError(f"the environment has {name}={value or '(unset)'}: {remedy}")
+    rank, world = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
+    if rank >= world:
+        raise ValueError(f"RANK={rank} is not below WORLD_SIZE={world}: {remedy}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if world > 1 and not os.environ.get(name):
+            raise ValueError(f"the environment has {name}=(unset): {remedy}")
+    return rank, world
+
+
+def join_processes(device, dtype):
+    """
+    Join the other processes -> the device of this one, and the dtype that rank 0 brings, so that
+    all have the same. Raises ValueError.
+    """
+    if device.type == "cuda":
+        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= there:
+            raise ValueError(f"LOCAL_RANK={local} has no GPU, there are {there}: use "
+                             f"--nproc_per_node={there}, or --device=cpu")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except dist.DistError as e:
+        raise ValueError(f"the processes do not find each other ({checkpoint.one_line(e)}): "
+                         "start them with torchrun") from None
+    found = [dtype]
+    dist.broadcast_object_list(found, device=device)
+    return device, found[0]
+
+
+class Stop:
+    """
+    Ctrl-C and SIGTERM ask for a stop, which the loop makes when it has saved; a second one does
+    not wait.
+    """
+
+    def __init__(self, device, world):
+        self.device, self.world, self.signals = device, world, []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, number, frame):
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def asked(self):
+        """Whether any process was asked to stop. All processes must call this together."""
+        asked = float(len(self.signals))
+        if self.world > 1:
+            total = torch.tensor(asked, device=self.device)
+            dist.all_reduce(total)
+            asked = total.item()
+        return asked > 0
+
+
+def resumed(config, given, world):
+    """
+    The configuration of the run in out_dir, with what a resumed run may change. A step keeps its
+    batch when the number of processes changes. Raises ValueError on any other change.
+    """
+    if not Path(config.out_dir, "config.json").exists():
+        raise ValueError(f"there is no run to resume in {config.out_dir}: "
+                         "name its folder with --out_dir")
+    about = checkpoint.load_config(config.out_dir)
+    try:
+        saved = from_dict(type(config), about["train"])
+    except ValueError as e:
+        raise ValueError(f"{config.out_dir}/config.json is damaged or of another version ({e}): "
+                         "copy it again, or train a new run") from None
+    for name in given - RESUMABLE:
+        if getattr(config, name) != getattr(saved, name):
+            raise ValueError(f"{name}={getattr(config, name)} cannot change on --resume: this run "
+                             f"has {getattr(saved, name)}")
+    before = about.get("processes", 1)
+    if not isinstance(before, int) or before < 1:
+        raise ValueError(f"{config.out_dir}/config.json is damaged, it has processes={before}: "
+                         "copy it again, or train a new run")
+    batches, rest = divmod(saved.gradient_accumulation_steps * before, world)
+    if rest:
+        raise ValueError(f"this run has {before} processes and cannot go on with {world}, its "
+                         f"batch would change: use torchrun --nproc_per_node={before}")
+    changed = {name: getattr(config, name) for name in given & RESUMABLE | {"out_dir"}}
+    return replace(saved, **changed, gradient_accumulation_steps=batches)
+
+
+def restore(config, data, model, optimizers):
+    """
+    Put model, optimizers and data where the run in out_dir stopped -> its step, its best
+    validation loss. Raises ValueError.
+    """
+    path, best = (Path(config.out_dir) / name for name in ("ckpt.pt", "best.pt"))
+    keys = {"optimizers": list, "step": int, "best_val_loss": float, "sha256": str}
+    found = checkpoint.load_file(path, keys)
+    checkpoint.check_same_run(path, found, vars(config), data.tokenizer)
+    if found["sha256"] != data.meta["sha256"]:
+        raise ValueError(f"the text of {config.dataset} is not the one this run was trained on: "
+                         "train a new run")
+    if found["step"] > config.max_iters:
+        raise ValueError(f"max_iters={config.max_iters} is behind this run, which has made "
+                         f"{found['step']} steps: give more")
+    try:
+        model.load_state_dict(found["model"])
+        for optimizer, state in zip(optimizers, found["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        data.progress = found.get("progress")
+        data.position()
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as e:
+        raise ValueError(f"{path} does not fit this run ({checkpoint.one_line(e)}): "
+                         "copy it again, or train a new run") from None
+    if not best.exists():  # then the next evaluation is the best one
+        return found["step"], math.inf
+    checkpoint.load_file(best)  # the end of the run needs it
+    return found["step"], found["best_val_loss"]
+
+
+def check_memory(config, device):
+    """
+    Raises ValueError where a CPU has less memory than model and batch need at the least: the
+    system would end the program without a word.
+    """
+    n_tokens = config.batch_size * config.n_segments * config.block_size
+    try:
+        with torch.device("meta"):  # one block without a bank; the others are as large, or larger
+            model = checkpoint.make_model(replace(config.model_config(), n_layer=1, mem_layers=0))
+    except (RuntimeError, TypeError, OverflowError):  # sizes of more than 64 bits
+        needed = math.inf
+    else:
+        n_parameters = sum(p.numel() for p in model.parameters())
+        n_parameters += (config.n_layer - 1) * sum(p.numel() for p in model.blocks.parameters())
+        numbers = 25 * config.n_layer * config.n_embd + 2 * config.vocab_size  # kept for a token
+        needed = 12 * n_parameters + 4 * numbers * n_tokens  # weight, gradient and momentum
+        needed += 24 * config.eval_iters * config.batch_size  # the windows of an evaluation
+    there = memory_of(device)
+    if needed >= there:
+        raise ValueError(f"the model and a batch of {n_tokens:,} tokens need at least "
+                         f"{needed / 1e9:,.0f} GB of memory, {device} has {there / 1e9:,.0f}: use "
+                         "a smaller n_layer, n_embd, block_size, n_segments or batch_size")
+
+
+def leave_group(worker):
+    """A process that makes batches is not to get the Ctrl-C that the training loop gets."""
+    os.setpgrp()
+
+
+def matched_mlp_ratio(config):
+    """
+    The mlp_ratio that gives as many parameters as the run in match_params has. Raises ValueError
+    where none comes within 2%.
+    """
+    wanted = checkpoint.load_config(config.match_params)["parameters"]
+    with torch.device("meta"):
+        model = checkpoint.make_model(config.model_config())
+    hidden = model.blocks[0].mlp.w_up.out_features
+    missing = wanted - sum(p.numel() for p in model.parameters())
+    # an MLP has three matrices of this width, and their width is a multiple of 8
+    hidden += 8 * round(missing / (3 * config.n_embd * config.n_layer) / 8)
+    ratio = (hidden - 4) / config.n_embd  # it is rounded up to that multiple
+    found = 0
+    if hidden > 0:
+        with torch.device("meta"):
+            matched = checkpoint.make_model(replace(config, mlp_ratio=ratio).model_config())
+        found = sum(p.numel() for p in matched.parameters())
+    if abs(found - wanted) > 0.02 * wanted:
+        raise ValueError(f"match_params={config.match_params} has {wanted:,} parameters, which no "
+                         "mlp_ratio gives here: change n_embd or n_layer")
+    return ratio
+
+
+def initial_weights(config, tokenizer):
+    """
+    The weights of the run in init_from, a state dict. Raises ValueError where its model or its
+    tokenizer is another.
+    """
+    model, its_tokenizer, _ = checkpoint.load(config.init_from, "cpu")
+    for name, value in vars(model.config).items():
+        if value != getattr(config, name) and "dropout" not in name:
+            raise ValueError(f"init_from={config.init_from} has {name}={value}, not "
+                             f"{getattr(config, name)}: give --{name}={value}")
+    if its_tokenizer.to_json() != tokenizer.to_json():
+        raise ValueError(f"init_from={config.init_from} has another tokenizer: train both on the "
+                         "same text with the same --tokenizer")
+    return model.state_dict()
