@@ -46,7 +46,7 @@ from data.files import sha256_of
 from data.text import read_text, split
 from data.tokenizer import check_text
 from lib import checkpoint, results
-from lib.config import at_least, names_in, parse, user_errors
+from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
 
 ANSWER_TOKENS = 24  # the longest answer is three objects and a full stop, a token each letter
@@ -85,14 +85,13 @@ class EvalConfig:
         folders = [folder_name(run) for run in self.runs]
         if twice := [folder for folder in folders if folders.count(folder) > 1]:
             raise ValueError(f"the run {twice[0]} is named twice: name it once")
-        parse_tasks(",".join(names_in(self.tasks)))
-        parse_lengths(",".join(names_in(self.lengths)))
+        self.cells  # raises for tasks and lengths that are not known
 
     @property
     def cells(self):
-        """The (length, task) to evaluate, each once."""
-        lengths, tasks = names_in(self.lengths), names_in(self.tasks)
-        return [(length, task) for length in lengths for task in tasks]
+        """The (length, task) to evaluate. Raises ValueError."""
+        tasks = parse_tasks(self.tasks)
+        return [(length, task) for length in parse_lengths(self.lengths) for task in tasks]
 
     @property
     def source(self):

@@ -10,6 +10,13 @@ from pathlib import Path
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # they name no file themselves
 
 
+def is_of_writing(error, path):
+    """Whether an error is about writing the file at path, and not about what was to be written."""
+    if not isinstance(error, OSError):
+        return False
+    return error.filename == str(path) or error.filename is None and error.errno in NO_ROOM
+
+
 @contextmanager
 def atomic_open(path, mode="wb", **kwargs):
     """
@@ -25,9 +32,10 @@ def atomic_open(path, mode="wb", **kwargs):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except OSError as e:
-        if e.filename == str(aside) or e.filename is None and e.errno in NO_ROOM:
-            raise OSError(f"{path} cannot be written: {e.strerror}") from e
+    except (OSError, RuntimeError) as e:
+        error = e if isinstance(e, OSError) else e.__context__  # torch.save hides it in another
+        if is_of_writing(error, aside):
+            raise OSError(f"{path} cannot be written: {error.strerror}") from e
         raise
     finally:
         aside.unlink(missing_ok=True)

@@ -145,7 +145,8 @@ def speed(name):
 def speed_all(name):
     """Each measurement with its ratio to the first model that did the same, memory and more."""
     rows, lines = read(name), []
-    units = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU", "first_token_ms": "ms to the first token"}
+    units = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU",
+             "first_token_ms": "ms to the first token"}
     for row in rows:
         median, low, high = (row[c] for c in ("tokens_per_s", "quartile1", "quartile3"))
         ratio = float(median) / float(select(rows, what=row["what"])[0]["tokens_per_s"])

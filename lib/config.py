@@ -106,11 +106,6 @@ def below(config, limit, *names):
             raise ValueError(f"{name}={getattr(config, name)} must be below {limit}")
 
 
-def names_in(text):
-    """The names in a flag like --tasks=qa1,qa2, each once, without spaces around them."""
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
 def described(cls):
     """{field: (heading, help)}, from the comments in the sources of a dataclass and its bases."""
     found = {}
@@ -152,6 +147,8 @@ def make_parser(cls, description):
 
 def load_preset(path):
     """The values of a TOML file, a dict. Raises ValueError or OSError."""
+    if not path:
+        raise ValueError("config is empty: name a TOML file")
     text = read_utf8(path)
     try:
         return tomllib.loads(text)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import REPO, is_one_line
 
-from lib.config import at_least, below, from_dict, names_in, parse, user_errors
+from lib.config import at_least, below, from_dict, parse, user_errors
 
 
 @dataclass
@@ -160,10 +160,6 @@ def test_ranges_do_not_let_nan_pass():
     for check in (at_least, below):
         with pytest.raises(ValueError, match="rate=nan must be"):
             check(config, 1, "rate")
-
-
-def test_names_are_told_apart_without_spaces():
-    assert names_in(" qa1, qa2,,qa1 ") == ["qa1", "qa2"]
 
 
 # --- Errors of the user

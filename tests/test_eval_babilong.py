@@ -514,6 +514,9 @@ def test_a_damaged_or_foreign_run_is_refused(checkout, run, answer, damage, mess
     (["RUN", "--gate_sharpness=0"], "gate_sharpness=0"),
     (["RUN", "--gate_sharpness=nan"], "gate_sharpness=nan"),
     (["RUN", "RUN"], "named twice"),
+    (["RUN", "--tasks=qa1,qa1"], "qa1 twice"),
+    (["RUN", "--lengths=1k,1000"], "1000 tokens twice"),
+    (["RUN", "--tasks=,"], "lists nothing"),
     (["RUN", "./RUN/"], "named twice"),
     (["RUN", "--babi_dir=nowhere"], "nowhere"),
     (["RUN", "--babilong_dir=nowhere"], "nowhere"),
@@ -534,7 +537,7 @@ def test_a_malformed_record_is_told_with_its_place(checkout, run, answer):
 
 def test_lists_may_have_spaces_and_flags_stand_between_runs(checkout, run, answer):
     other = copy_run(checkout, run, "out/other", 3)
-    code, _, err, asked = answer(run, "--tasks=qa1, qa2,qa1", other, "--lengths=0k, 0k",
+    code, _, err, asked = answer(run, "--tasks=qa1, qa2", other, "--lengths= 0k,",
                                  "--n_samples=2")
     assert code == 0, err
     expected = [(folder, "0k", task, 2) for task in ("qa1", "qa2") for folder in (run, other)]

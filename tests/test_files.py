@@ -5,6 +5,7 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from data.files import atomic_open, read_utf8, sha256_of, write_json
 
@@ -51,6 +52,16 @@ def test_on_a_full_disk_the_old_file_stays_and_the_error_names_it(tmp_path):
     with full_disk(1000), pytest.raises(OSError, match=r"file\.json cannot be written: [^\n]+$"):
         write_json(path, "new" * 1000)
     assert path.read_text() == '"old"' and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_told_of_a_checkpoint_too(tmp_path):
+    """torch.save raises RuntimeError then, which would end in a traceback."""
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(b"old")
+    with full_disk(1000), pytest.raises(OSError, match=r"ckpt\.pt cannot be written: [^\n]+$"):
+        with atomic_open(path) as f:
+            torch.save({"weights": torch.zeros(10_000)}, f)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_file_that_cannot_be_replaced_is_named(tmp_path):

@@ -100,7 +100,8 @@ def test_no_number_is_nan_infinite_negative_or_too_long(capsys, name):
     (["--start=\udcff"], "vocabulary"), (["--start=FILE:none.txt"], "none.txt"),
     (["--start=FILE:"], "text file"), (["--start=FILE:out"], "out is not a file"),
     (["--start=FILE:latin1.txt"], "latin1.txt is not UTF-8"),
-    (["--top_p=0"], "top_p=0"), (["--top_p=1e-300"], "top_p=1e-300"), (["--top_p=1.1"], "top_p=1.1"),
+    (["--top_p=0"], "top_p=0"), (["--top_p=1e-300"], "top_p=1e-300"),
+    (["--top_p=1.1"], "top_p=1.1"),
     (["--temperature=1e-40"], "temperature=1e-40"), (["--outdir=x"], "--out_dir"),
     (["--device=tpu"], "device=tpu"), (["--dtype=int8"], "dtype=int8"),
 ], ids=ascii)
