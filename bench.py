@@ -7,8 +7,7 @@ Speed and peak memory, side by side:
     python bench.py --profile                # where the time goes, what matmuls alone would take
     python bench.py --soak                   # a million tokens: more MiB in use? do logits drift?
 
-Rivals take turns within one run, so that their ratios mean something on a noisy machine; a figure
-is a median, with its quartiles.
+Rivals take turns, so that ratios mean something on a noisy machine; a figure is a median.
 """
 import csv
 import math
@@ -54,6 +53,7 @@ from lib.measure import (
     training_flops,
     training_step,
 )
+from lib.origin import origin
 from lm2 import LM2, LM2Config
 
 BENCHMARKS = ("training", "generation", "reading", "data")
@@ -222,7 +222,7 @@ class Bench:
     def run(self):
         """Measure and print, and write what was found so far after each benchmark."""
         about = {"repeats": self.config.repeats, "command": f"python {shlex.join(sys.argv)}",
-                 "device": str(self.device), "torch": torch.__version__}
+                 **origin(self.device)}
         print("| what | rival | median | quartiles | ratio | peak memory, share of matmul peak |")
         print("| --- | --- | ---: | --- | ---: | --- |")
         for name in self.config.benchmarks:

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -48,6 +47,7 @@ from data.tokenizer import check_text
 from lib import checkpoint, results
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
+from lib.origin import device_name, origin
 
 ANSWER_TOKENS = 24  # the longest answer is three objects and a full stop, a token each letter
 
@@ -232,22 +232,6 @@ def evaluate(config, length, task, asked, run, bar):
 
 # --- The program
 
-def commit():
-    """The commit of this code, "unknown" outside of git."""
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        folder = Path(__file__).parent
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git
-        found = ""
-    return found or "unknown"
-
-
-def device_name(device):
-    """What results.csv calls a device: the model of a GPU, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def choose_dtype(config, device, rows):
     """auto is that of the last row from this device: timed anew, the faster could be the other."""
     earlier = [row["dtype"] for row in rows if row["device"] == device_name(device)]
@@ -311,7 +295,6 @@ def main():
         runs = [load_run(folder, config, device) for folder in config.runs]
         todo = unanswered(config, runs, dtype, rows)
         checkpoint.make_folder(out_dir)
-    origin = {"commit": commit(), "torch": torch.__version__, "device": device_name(device)}
 
     with user_errors(OSError):
         try:
@@ -323,7 +306,7 @@ def main():
                         right = evaluate(config, length, task, asked, run, bar)
                     key = key_of(config, run, dtype, length, task, asked)
                     found = {"right": right, "accuracy": right / len(asked)}
-                    results.add(store, run.about | key | found | origin)
+                    results.add(store, run.about | key | found | origin(device))
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)

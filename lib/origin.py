@@ -1,0 +1,25 @@
+"""Where a number comes from: what a row of a CSV file says of the code and the machine."""
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def origin(device):
+    """{commit, torch, device}: what a figure was measured with, on a torch.device."""
+    return {"commit": commit(), "torch": torch.__version__, "device": device_name(device)}
+
+
+def commit():
+    """The commit of this code, "unknown" outside of git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def device_name(device):
+    """cpu, mps, or which GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
