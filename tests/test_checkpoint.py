@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_checkpoint_says_what_it_lacks(folder):
 
 
 def test_folder_without_room_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 3_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000))
     checkpoint.make_folder(tmp_path / "a", 2_000_000)
     with pytest.raises(ValueError, match="has 3 MB of room left, this needs 4 MB: make room"):
         checkpoint.make_folder(tmp_path / "b", 4_000_000)

@@ -7,7 +7,6 @@ import ast
 import importlib
 import re
 import shlex
-import subprocess
 import sys
 from contextlib import chdir
 from typing import NamedTuple
@@ -218,25 +217,28 @@ def dead_links(page, text):
             continue
         if path.startswith("../../actions/workflows/"):  # GitHub's page of a workflow
             path = path.replace("../../actions", ".github").removesuffix("/badge.svg")
-        target = (REPO / page).parent / path if path else REPO / page
-        if not target.exists() or not target.resolve().is_relative_to(REPO.resolve()):
-            dead.append(link)
-        elif anchor and anchor not in anchors(target.read_text(encoding="utf-8")):
+        if not path:
+            found = anchor in anchors(text)
+        else:
+            target = ((REPO / page).parent / path).resolve()
+            found = target.exists() and target.is_relative_to(REPO.resolve())
+            if found and anchor:
+                found = anchor in anchors(target.read_text(encoding="utf-8"))
+        if not found:
             dead.append(link)
     return dead
 
 
 @each_page
 def test_every_link_leads_somewhere(page):
-    assert "](" in PAGES[page], "no links found"
     assert not dead_links(page, PAGES[page])
 
 
 def test_dead_links_are_noticed():
-    text = ("# Two `words`: a-b\n[a](#two-words-a-b) [b](tables.py) [c](../lm2.py)\n"
-            "[d](#two-words) [e](none.md) [f](results.md#none) [g](../../outside.md)")
-    assert dead_links("docs/page.md", text) == ["#two-words", "none.md", "results.md#none",
-                                                "../../outside.md"]
+    alive = "[a](#two-words-a-b) [b](tables.py) [c](../lm2.py) [d](results.md#shakespeare)"
+    dead = ["#two-words", "none.md", "results.md#none", "../..", "../../actions/workflows/no.yml"]
+    text = f"# Two `words`: a-b\n{alive}\n" + "\n".join(f"![x]({link})" for link in dead)
+    assert dead_links("docs/page.md", text) == dead
     assert anchors("# A b\n## A b\n```\n# no\n```\n### `--c_d`, e\n") == ["a-b", "a-b-1", "--c_d-e"]
 
 
@@ -267,7 +269,8 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
 
 
 def test_crooked_rows_are_noticed():
-    assert crooked_rows("| a | b |\n| - | - |\n| 1 | 2 | 3 |\n\n| c |\n| - |\n") == ["| 1 | 2 | 3 |"]
+    table = "| a | b |\n| - | - |\n| 1 | 2 | 3 |\n\n| c |\n| - |\n"
+    assert crooked_rows(table) == ["| 1 | 2 | 3 |"]
 
 
 @each_page
@@ -280,13 +283,12 @@ def test_the_pages_with_results_have_their_tables():
               for page, text in PAGES.items()}
     assert {"first-run", "qa1", "ten"} <= set(marked["README.md"])
     assert min(len(marked[f"docs/{name}.md"]) for name in ("results", "speed", "paper")) >= 2
-    assert set(tables.TABLES) == {name for names in marked.values() for name in names}
 
 
 # --- README: the equations and their lines
 
 def methods_of(class_name):
-    """{name: its code, without docstring and comments' lines} of a class in lm2.py"""
+    """{name: its code, without the docstring} of a class in lm2.py"""
     source = (REPO / "lm2.py").read_text(encoding="utf-8")
     found, = [node for node in ast.parse(source).body if getattr(node, "name", "") == class_name]
     lines = source.splitlines()
@@ -350,14 +352,15 @@ def test_the_recipe_for_another_architecture_works_as_printed(changed):
 
 # --- docs/running.md: from Python
 
-def test_the_lines_from_python_run_as_printed(checkout):
+def test_the_lines_from_python_run_as_printed(checkout, capsys):
     text = section(PAGES["docs/running.md"], "From Python")
     (language, block), = FENCE.findall(text)
     assert language == "python" and "checkpoint.load(\"out/shakespeare\"" in block
     (checkout.folder / "romeo.txt").write_text("ROMEO:\nBut soft, what light?\n\n" * 99)
     checkout.train("out/shakespeare", "--dataset=romeo.txt", "--max_iters=1")
-    code, out, err = checkout.run("-c", block)
-    assert code == 0, err
+    with chdir(checkout.folder):
+        exec(block, {})
+    out = capsys.readouterr().out
     assert out.startswith("ROMEO:") and "206 torch.Size([1, 4, 16])" in out
 
 
@@ -368,10 +371,5 @@ def test_what_may_change_on_resume_is_what_running_says():
     assert set(re.findall(r"`(\w+)`", named)) == run.RESUMABLE - {"out_dir", "resume", "overwrite"}
 
 
-def test_nothing_here_is_longer_than_it_should_be():
+def test_running_stays_a_page_that_is_read():
     assert len(PAGES["docs/running.md"].encode()) <= 8192
-
-
-def test_pages_say_python_and_not_what_only_one_machine_has():
-    done = subprocess.run([sys.executable, "docs/tables.py"], cwd=REPO, capture_output=True)
-    assert done.returncode == 0 and done.stdout

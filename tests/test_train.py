@@ -167,22 +167,23 @@ def test_stopped_by_max_iters_and_resumed_gives_the_same_losses(checkout, call, 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL],
                          ids=lambda number: number.name)
 def test_interrupted_and_resumed_gives_the_same_losses(checkout, call, number):
-    args = ["--max_iters=400", "--eval_interval=50"]
-    if not (checkout.folder / "out/unbroken").exists():
-        checkout.train("out/unbroken", *args)
     out_dir = f"out/{number.name}"
     folder = checkout.folder / out_dir
+    args = ["--eval_interval=20", "--lr_decay_iters=200", "--min_lr=0.01"]
     process = checkout.start("train.py", "--dataset=play.txt", f"--out_dir={out_dir}", *SMALL,
-                             "--num_workers=1", *args)
-    wait_for(lambda: (folder / "log.csv").exists() and checkout.log(out_dir).count("\n") > 60,
+                             *args, "--max_iters=1000000", "--num_workers=1")
+    wait_for(lambda: (folder / "log.csv").exists() and checkout.log(out_dir).count("\n") > 50,
              process)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    if number != signal.SIGKILL:
+    if number == signal.SIGINT:
         assert process.returncode == 0 and "stopped at step" in out and "--resume" in out, err
-    assert 50 <= step_of(folder) < 400
-    code, _, err = call("train.py", "--resume", f"--out_dir={out_dir}", "--num_workers=0")
+    last = step_of(folder)
+    assert last >= 40
+    more = f"--max_iters={last + 15}"
+    code, _, err = call("train.py", "--resume", f"--out_dir={out_dir}", more, "--num_workers=0")
     assert code == 0, err
+    checkout.train("out/unbroken", *args, more, "--overwrite")
     assert checkout.log(out_dir) == checkout.log("out/unbroken")
 
 
@@ -421,8 +422,7 @@ def test_resume_without_a_best_checkpoint_makes_one(call, copy):
 
 
 def test_a_full_disk_is_told_before_work_is_done(checkout, call):
-    usage = shutil._ntuple_diskusage(10 ** 9, 10 ** 9, 0)
-    with patch("shutil.disk_usage", return_value=usage):
+    with patch("shutil.disk_usage", return_value=SimpleNamespace(free=1_000_000)):
         code, out, err = call("train.py", "--dataset=play.txt", "--out_dir=out/full", *SMALL)
     assert is_one_line(code, err, "out_dir=out/full", "make room") and "step" not in out
     assert contents(checkout.folder / "out/full") == {}
@@ -682,14 +682,13 @@ def test_folders_may_have_any_name(checkout):
     assert step_of(checkout.folder / "out/two words/\u00fcber \u4e2d") == 1
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
-def test_a_console_that_lacks_a_character_shows_something_else(checkout, encoding):
+def test_a_console_that_lacks_a_character_shows_something_else(checkout):
     (checkout.folder / "russian.txt").write_text("\u0416\u0443\u043a " * 300, encoding="utf-8-sig")
     code, out, err = checkout.run("train.py", "--dataset=russian.txt", "--overwrite",
-                                  f"--out_dir=out/\u0416{encoding}", *SMALL, "--max_iters=1",
-                                  PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+                                  "--out_dir=out/\u0416", *SMALL, "--max_iters=1",
+                                  PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
     assert code == 0 and "writes:" in out and "??" in out, err
-    tokenizer = json.loads((checkout.folder / f"out/\u0416{encoding}/tokenizer.json").read_text())
+    tokenizer = json.loads((checkout.folder / "out/\u0416/tokenizer.json").read_text())
     assert tokenizer["chars"] == " \u0416\u043a\u0443", "without the byte order mark"
 
 
