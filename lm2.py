@@ -4,13 +4,13 @@ LM2, the Large Memory Model (Kang et al. 2025, arXiv 2502.06049), in one file.
 Notable features:
 - a Llama-style decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention, no biases
 - every block owns a memory bank: N slots that tokens read and that gates update once a segment
-- attention slides over the last T tokens: what lies further back must come through the memory
+- a block's attention slides over the last T tokens: facts from far before come through the banks
 - layer-parallel: a block sees all segments of a sequence at once, only its N slots recur
 - a streaming state: tokens in any chunks, in constant memory, give the logits of the whole
-- one function: with dropout 0, training and evaluation compute the same logits
+- without dropout and window dropout, training and evaluation compute the same logits
 
-Shapes: B batch, L tokens of one call, T = block_size (a segment), S segments, N = mem_slots,
-D = n_embd, nh = n_head, nkv = kv_heads, hs = D / nh. "Eq." numbers are the paper's.
+Shapes: B batch, L tokens of one call, P tokens before it, T = block_size (a segment), S segments,
+N = mem_slots, D = n_embd, nh = n_head, nkv = kv_heads, hs = D / nh. "Eq." numbers are the paper's.
 """
 import math
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class LM2Config:
     rope_theta: float = 10000.0  # base of the rotary angles
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
     # memory
-    memory: str = "lm2"          # lm2: a bank in each block; rmt: memory tokens; none: the decoder
+    memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
     mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
     mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
@@ -61,7 +61,7 @@ class LM2Config:
         return self.n_kv_head or self.n_head
 
     @property
-    def memory_layers(self):  # blocks that have a bank
+    def n_banks(self):  # blocks with a bank
         layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
         return layers if self.memory == "lm2" else 0
 
@@ -84,6 +84,8 @@ class LM2Config:
                 f"n_embd/n_head={self.head_dim} must be even for rotary positions")
         if self.memory != "lm2":
             return
+        require(self.attention == "window" or self.window_dropout == 0,
+                f"window_dropout={self.window_dropout} needs attention=window")
         require(self.mem_write == "attend" or self.mem_slots == self.block_size,
                 f"mem_write=aligned needs mem_slots={self.mem_slots} to equal "
                 f"block_size={self.block_size}")
@@ -121,13 +123,13 @@ class State(NamedTuple):
 
 
 def wide(x):
-    """Out of half precision: too coarse for norms, angles, a loss, and a bank updated for long."""
+    """x in float32 at least: half is too coarse for norms, angles, a loss, a bank updated long."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def rope_angles(pos, length, head_dim, theta, device):
-    """Rotary angles of the positions from pos on: cos and signed sin, (length, 1, head_dim) each.
-    They are computed in float64, so that they are exact at any position."""
+    """Rotary angles of the positions from pos on: cos and sin, (length, 1, head_dim) each; sin is
+    negative in its first half, see `rotate`. In float64, so that they are exact at any position."""
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     arange = partial(torch.arange, dtype=torch.float64, device=where)
     frequencies = theta ** (-arange(0, head_dim, 2) / head_dim)
@@ -138,8 +140,8 @@ def rope_angles(pos, length, head_dim, theta, device):
 
 
 def rotate(x, rope):
-    """Turn x (B, L, heads, hs) by its angles: x_i together with x_{i + hs/2}, as Llama does."""
-    cos, sin = rope
+    """Turn x (B, L, heads, hs) by its angles: x_i with x_{i + hs/2}, as Hugging Face's Llama."""
+    cos, sin = rope  # the roll puts x_{i + hs/2} under x_i, and -x_i's sign is in sin
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -150,9 +152,9 @@ def norm_heads(x, config):
 
 def attend(q, k, v, mask=None, causal=False):
     """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs); k, v (B, Lk, nkv, hs); mask
-    (Lq, Lk), True where a query sees a key -> (B, Lq, nh * hs)"""
+    (..., Lq, Lk), True where a query sees a key -> (B, Lq, nh * hs)"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, heads, L, hs)
-    with torch.autocast("cpu", enabled=False):  # a CPU's kernel is slower in bfloat16
+    with torch.autocast("cpu", enabled=False):  # stays float32: a CPU is slower in bfloat16
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                            enable_gqa=q.size(1) != k.size(1))
     return y.transpose(1, 2).flatten(2)
@@ -180,22 +182,22 @@ def window_attention(q, k, v, T, pos=0, within_segment=False):
     -> (B, L, nh * hs)"""
     L, past, begun = q.size(1), k.size(1) - q.size(1), pos % T
     # the tokens up to the end of a segment that was begun before, or of the first one
-    first = min(T - begun, L)
+    n_first = min(T - begun, L)
     mask = None
-    if first > 1 or within_segment is not False:  # one token alone sees all that is kept
-        mask = causal_mask(first, past + first, T, q.device, (past - begun) * within_segment)
-    y = attend(q[:, :first], k[:, :past + first], v[:, :past + first], mask)
-    if first == L:
-        return y
+    if n_first > 1 or within_segment is not False:  # one token alone sees all that is kept
+        mask = causal_mask(n_first, past + n_first, T, q.device, (past - begun) * within_segment)
+    E = attend(q[:, :n_first], k[:, :past + n_first], v[:, :past + n_first], mask)
+    if n_first == L:
+        return E
     # then all other segments at once: each sees its own keys and those of the segment before
-    n = math.ceil((L - first) / T)
-    to_segments = (0, 0, 0, 0, 0, n * T - (L - first))  # the last one is padded at its end
-    q = F.pad(q[:, first:], to_segments).unflatten(1, (n, T)).flatten(0, 1)  # (B * n, T, nh, hs)
-    k = with_segment_before(F.pad(k[:, past + first - T:], to_segments), T)  # (B * n, 2T, nkv, hs)
-    v = with_segment_before(F.pad(v[:, past + first - T:], to_segments), T)
+    n, start = math.ceil((L - n_first) / T), past + n_first - T   # where the one before begins
+    pad = (0, 0, 0, 0, 0, n * T - (L - n_first))  # of dimension 1: F.pad counts from the last one
+    q = F.pad(q[:, n_first:], pad).unflatten(1, (n, T)).flatten(0, 1)   # (B * n, T, nh, hs)
+    k = with_segment_before(F.pad(k[:, start:], pad), T)                # (B * n, 2T, nkv, hs)
+    v = with_segment_before(F.pad(v[:, start:], pad), T)
     mask = causal_mask(T, 2 * T, T, q.device, T * within_segment)
-    others = attend(q, k, v, mask).unflatten(0, (-1, n)).flatten(1, 2)       # (B, n * T, nh * hs)
-    return torch.cat((y, others[:, :L - first]), dim=1)
+    others = attend(q, k, v, mask).unflatten(0, (-1, n)).flatten(1, 2)  # (B, n * T, nh * hs)
+    return torch.cat((E, others[:, :L - n_first]), dim=1)
 
 
 class Attention(nn.Module):
@@ -225,13 +227,13 @@ class Attention(nn.Module):
         if past_k.size(1):
             k, v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
         if c.attention == "window":
-            y = window_attention(q, k, v, c.block_size, pos, within_segment)
-            forget = max(0, k.size(1) - c.block_size + 1)  # the next token sees itself and T - 1
+            E = window_attention(q, k, v, c.block_size, pos, within_segment)
+            n_drop = max(0, k.size(1) - c.block_size + 1)  # the next token sees itself and T - 1
         else:
-            whole = q.size(1) == k.size(1)
-            mask = None if whole else causal_mask(q.size(1), k.size(1), k.size(1), q.device)
-            y, forget = attend(q, k, v, mask, causal=whole), 0
-        return self.wo(y), k[:, forget:], v[:, forget:]
+            fresh = q.size(1) == k.size(1)
+            mask = None if fresh else causal_mask(q.size(1), k.size(1), k.size(1), q.device)
+            E, n_drop = attend(q, k, v, mask, causal=fresh), 0
+        return self.wo(E), k[:, n_drop:], v[:, n_drop:]
 
 
 class MemoryBank(nn.Module):
@@ -246,7 +248,7 @@ class MemoryBank(nn.Module):
         self.w_q, self.w_k, self.w_v = linear(D, D), linear(D, D), linear(D, D)
         self.w_out, self.w_in, self.w_forget = (linear(D, D, bias=True) for _ in range(3))
         if config.mem_write == "attend":
-            self.slots = nn.Parameter(torch.empty(config.mem_slots, D))  # a query for each slot
+            self.slot_queries = nn.Parameter(torch.empty(config.mem_slots, D))
 
     def initial_state(self, batch):
         """The BankState before the first token. The bank is the identity, and reads as nothing:
@@ -260,9 +262,9 @@ class MemoryBank(nn.Module):
 
     def keys_values(self, M):
         """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
-        c, slots = self.config, self.norm(M)
-        keys = norm_heads(wide(self.w_k(slots)).unflatten(-1, (c.n_head, c.head_dim)), c)
-        values = wide(self.w_v(slots)).unflatten(-1, (c.n_head, c.head_dim))
+        c, bank = self.config, self.norm(M)
+        keys = norm_heads(wide(self.w_k(bank)).unflatten(-1, (c.n_head, c.head_dim)), c)
+        values = wide(self.w_v(bank)).unflatten(-1, (c.n_head, c.head_dim))
         return keys, values
 
     def read(self, h, keys, values):
@@ -278,32 +280,33 @@ class MemoryBank(nn.Module):
         return attend(q, keys, values, mask).view_as(h)
 
     def output_gate(self, E_mem):
-        """g_out (Eq. 3), of the shape of E_mem."""
-        return self.w_out(E_mem).sigmoid()
+        """g_out, of the shape of E_mem."""
+        return self.w_out(E_mem).sigmoid()                              # Eq. 3
 
     def content(self, keys, values):
         """C of the `attend` write: each slot asks the segment. keys (not turned, so that content
         has no position) and values of self-attention (B, S, T, nkv, hs) -> (B, S, N, D)"""
         c, n_segments = self.config, keys.size(1)
-        q = norm_heads(self.slots.unflatten(-1, (c.n_head, c.head_dim)), c)
+        q = norm_heads(self.slot_queries.unflatten(-1, (c.n_head, c.head_dim)), c)
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         C = attend(q.expand(len(keys), -1, -1, -1), keys, values)       # (B * S, N, D)
         return C.unflatten(0, (-1, n_segments))
 
     def gates(self, x, C):
-        """Input gate (Eq. 4) and forget gate (Eq. 5). x, C (B, S, N, D) -> the same, float32."""
-        g_in = wide(self.w_in(x)).sigmoid()
-        g_forget = wide(self.w_forget(C)).sigmoid()
+        """Input and forget gate (B, S, N, D), float32. C is what may be written; x, which the input
+        gate sees, is C with `attend` and h with `aligned`."""
+        g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
+        g_forget = wide(self.w_forget(C)).sigmoid()                     # Eq. 5
         return g_in, g_forget
 
     def update(self, M, C, g_in, g_forget):
-        """The bank after a segment (Eq. 6)."""
-        return g_in * wide(C).tanh() + g_forget * M
+        """The bank after a segment."""
+        return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6
 
     def write_attend(self, segments, M):
-        """Write with any number of slots. segments: Tokens (B, S, T, ...), M (B, 1, N, D) -> the
-        bank after each segment (B, S, N, D). Content and gates do not depend on the bank: they are
-        made for all segments at once, and only Eq. 6 recurs."""
+        """Write with any N up to D. segments: Tokens (B, S, T, ...), M (B, 1, N, D) -> the bank
+        after each segment (B, S, N, D). Content and gates do not depend on the bank: they are made
+        for all segments at once, and only Eq. 6 recurs."""
         C = self.content(segments.keys, segments.values)
         g_in, g_forget = self.gates(C, C)
         banks = []
@@ -314,8 +317,8 @@ class MemoryBank(nn.Module):
         return torch.cat(banks, dim=1)
 
     def write_aligned(self, segments, M):
-        """Write as the paper has it: slot i belongs to position i, so N = T, and what that token
-        reads of the bank is what it writes. Arguments as in `write_attend`."""
+        """Write as the paper has it: slot i belongs to position i, so N = T, and writes what that
+        token reads (of the first segment: would read of the identity). As `write_attend` else."""
         banks = []
         for h in segments.h.split(1, dim=1):
             keys, values = self.keys_values(M)
@@ -386,16 +389,15 @@ class Block(nn.Module):
     def forward(self, x, pos, rope, state, within_segment=False):
         """x (B, L, D) of the tokens from position pos on, their rotary angles, the LayerState
         before them, within_segment as in `window_attention` -> x, the LayerState after them"""
-        h = self.norm1(x)
+        h, bank = self.norm1(x), state.bank
         q, k, v, unturned = self.attention.project(h, rope)
-        y, past_k, past_v = self.attention(q, k, v, pos, state.keys, state.values, within_segment)
-        bank = state.bank
+        E, kept_k, kept_v = self.attention(q, k, v, pos, state.keys, state.values, within_segment)
         if self.memory:
-            gated, bank = self.memory(h, unturned, v, bank)
-            y = y + gated
-        x = x + self.dropout(y)
+            E_gated, bank = self.memory(h, unturned, v, bank)
+            E = E + E_gated
+        x = x + self.dropout(E)
         x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x, LayerState(past_k, past_v, bank)
+        return x, LayerState(kept_k, kept_v, bank)
 
 
 class LM2(nn.Module):
@@ -406,7 +408,7 @@ class LM2(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, has_memory=layer < config.memory_layers)
+        self.blocks = nn.ModuleList(Block(config, has_memory=layer < config.n_banks)
                                     for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = linear(config.n_embd, config.vocab_size)
@@ -429,7 +431,7 @@ class LM2(nn.Module):
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(std=0.5)
             elif isinstance(module, MemoryBank) and module.config.mem_write == "attend":
-                module.slots.normal_()
+                module.slot_queries.normal_()
             elif isinstance(module, nn.Linear):
                 if module in zero:
                     module.weight.zero_()
@@ -442,16 +444,14 @@ class LM2(nn.Module):
 
     def initial_state(self, batch):
         """The State before the first token, for `batch` sequences."""
-        c = self.config
-        no_keys = self.head.weight.new_zeros(batch, 0, c.kv_heads, c.head_dim)
-        banks = [block.memory.initial_state(batch) if block.memory else None
-                 for block in self.blocks]
+        no_keys = self.head.weight.new_zeros(batch, 0, self.config.kv_heads, self.config.head_dim)
+        banks = [block.memory and block.memory.initial_state(batch) for block in self.blocks]
         return State(0, [LayerState(no_keys, no_keys, bank) for bank in banks])
 
     def draw_window_dropout(self, device):
-        """All that exists only in training, besides dropout: in a share of the batches attention
-        ends at the border of the segment -> a bool or tensor ()"""
-        share = self.config.window_dropout if self.training and self.config.memory_layers else 0
+        """Besides dropout, all that training does and evaluation does not: in a share of batches
+        attention ends at the segment's border -> False, or a bool tensor ()"""
+        share = self.config.window_dropout if self.training and self.config.n_banks else 0
         return torch.rand((), device=device) < share if share else False
 
     def check(self, idx):
@@ -515,6 +515,6 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None):
     probs = logits.softmax(dim=-1)
     if top_p:
         sorted_probs, order = probs.sort(dim=-1, descending=True)
-        enough = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # the likelier ones reach p
-        probs = probs.scatter(-1, order, sorted_probs.masked_fill(enough, 0.0))
+        beyond = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # the likelier ones reach p
+        probs = probs.scatter(-1, order, sorted_probs.masked_fill(beyond, 0.0))
     return torch.multinomial(probs, num_samples=1).squeeze(-1)

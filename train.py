@@ -228,7 +228,7 @@ def main():
         # with one segment, or a short story, nothing reads what was written: no gradient there
         short = config.n_segments == 1 or config.dataset == "babilong"
         model = DistributedDataParallel(
-            model, find_unused_parameters=bool(config.memory_layers) and short)
+            model, find_unused_parameters=bool(config.n_banks) and short)
     if master:
         print(f"{data.meta['source']} (sha256 {data.meta['sha256'][:12]}), "
               f"{data.meta['tokens']['train']:,} training and {data.meta['tokens']['val']:,} "

@@ -1,11 +1,15 @@
 """lib/device.py: where a program runs, how it multiplies, and whether it can compile."""
 import math
+import os
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
 import torch
+from conftest import REPO
 
-from lib.device import autocast, can_compile, memory_of, pick_compile, pick_device, pick_dtype
+from lib.device import autocast, memory_of, pick_compile, pick_device, pick_dtype
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -66,7 +70,11 @@ def test_compiling_that_is_asked_for_needs_a_compiler():
         pick_compile(True, CPU)
 
 
-def test_a_compiler_that_is_missing_is_noticed(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    assert not can_compile(CPU)
+def test_a_compiler_that_is_missing_is_noticed(tmp_path):
+    program = ("import torch\n"
+               "from lib.device import can_compile\n"
+               "print('works:', can_compile(torch.device('cpu')))")
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"}
+    found = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True,
+                           text=True, env=environment | {"PATH": str(tmp_path)})
+    assert found.stdout == "works: False\n", found.stderr

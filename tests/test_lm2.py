@@ -261,7 +261,7 @@ def test_a_config_can_be_changed_by_replace():
     deeper = LM2(replace(config, n_layer=8))
     assert sum(block.memory is not None for block in deeper.blocks) == 8
     assert replace(config, n_head=8).kv_heads == 8
-    assert replace(config, memory="none").memory_layers == 0
+    assert replace(config, memory="none").n_banks == 0
 
 
 @pytest.mark.parametrize("kwargs", [dict(), dict(memory="rmt")], ids=str)
@@ -368,7 +368,7 @@ def test_muon_takes_the_hidden_matrices_and_adamw_the_rest():
     assert in_muon | in_adam == set(names.values()) and not in_muon & in_adam
     assert in_adam == {name for name in names.values()
                        if name.startswith(("embedding", "head")) or "norm" in name
-                       or name.endswith(("bias", "slots"))}
+                       or name.endswith(("bias", "slot_queries"))}
 
 
 def test_sampling_obeys_temperature_top_k_and_top_p():

@@ -56,7 +56,7 @@ def reference(bank, h, k, v, M):
         g_out = sigmoid(E @ p["w_out.weight"].T + p["w_out.bias"])             # Eq. 3
         outputs.append(g_out * E)
         if config.mem_write == "attend":
-            C = cross_attention(qk_norm(p["slots"], config), k_s, v_s)
+            C = cross_attention(qk_norm(p["slot_queries"], config), k_s, v_s)
             into = C
         else:
             C, into = E, x

@@ -8,8 +8,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from data.curriculum import Stories
 from data.tokenizer import make_tokenizer
 from lib import checkpoint, run
+from lib.optim import make_optimizers
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -125,6 +127,20 @@ def test_a_text_is_found_from_another_folder(tmp_path, monkeypatch):
     found = run.resumed(TrainConfig(out_dir=str(tmp_path / "run")), set(), 1)
     assert found.dataset == str(tmp_path / "texts/play.txt")
     assert found.corpus == str(tmp_path / "texts")
+
+
+@pytest.mark.parametrize("progress", [None, 3, [9, 0], [0]])
+def test_a_checkpoint_of_another_curriculum_is_refused(tmp_path, progress):
+    config = saved_run(tmp_path, lengths="0k,1k")
+    tokenizer = make_tokenizer("char", "abcdefg", 0)
+    stories = Stories(["qa1"], [0, 1000], None, None, tokenizer, {"sha256": "of the text"})
+    model = checkpoint.make_model(config.model_config())
+    optimizers = make_optimizers(model, 0.1, 0.1, 0.1)
+    checkpoint.save(tmp_path / "ckpt.pt", model, step=3, best_val_loss=1.0, progress=progress,
+                    sha256="of the text",
+                    optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    with pytest.raises(ValueError, match="ckpt.pt does not fit this run"):
+        run.restore(config, stories, model, optimizers)
 
 
 # --- A run begins with another one
