@@ -59,7 +59,7 @@ class TrainConfig(LM2Config):
     seed: int = 1337              # of initialisation, batches and dropout
     # evaluation
     eval_interval: int = 500      # steps between evaluations, each with a checkpoint
-    eval_iters: int = 40          # batches in an evaluation
+    eval_iters: int = 40          # batches in an evaluation of a split
     advance_at: float = 0.95      # babilong: accuracy at a length that moves on to the next one
     # machine
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
@@ -146,9 +146,9 @@ def setup():
 
 def learning_rate_factor(step, config):
     """What both learning rates are multiplied with: linear warm-up, linear decay to min_lr."""
-    last = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    lowest = config.min_lr / config.learning_rate if config.learning_rate else 0.0
     left = max(0.0, 1 - step / (config.lr_decay_iters or config.max_iters))
-    return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (last + (1 - last) * left)
+    return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (lowest + (1 - lowest) * left)
 
 
 def batches(data, config, step, rank, world, device):
@@ -159,8 +159,8 @@ def batches(data, config, step, rank, world, device):
     until = min(config.max_iters, step - step % config.eval_interval + config.eval_interval)
 
     def batch(number):
-        made, micro = divmod(number, config.gradient_accumulation_steps)
-        return data.batch(config, step + made, micro * world + rank)
+        later, micro = divmod(number, config.gradient_accumulation_steps)
+        return data.batch(config, step + later, micro * world + rank)
 
     ahead = {}
     if config.num_workers:  # a fork has the data as it stands
@@ -243,9 +243,10 @@ def main():
 
     @torch.no_grad()
     def save():
+        """Write the run as it stands, but not weights that give no finite loss any more."""
         x, y = (ids.to(device) for ids in data.batch(config, step, 0))
         with autocast(config.dtype, device):
-            check_finite([raw_model(x, y)[1].item()])  # else the last checkpoint stays
+            check_finite([raw_model(x, y)[1].item()])
         if not master:
             return
         about = {"train": asdict(config), "data": data.meta, "parameters": n_parameters,
@@ -297,23 +298,22 @@ def main():
             # forward and backward, in gradient_accumulation_steps batches
             if loader is None:
                 loader = batches(data, config, step, rank, world, device)
-            total = torch.zeros((), device=device)
+            mean_loss = torch.zeros((), device=device)
             for micro in range(config.gradient_accumulation_steps):
-                part = (step * config.gradient_accumulation_steps + micro) * world + rank
-                torch.manual_seed(config.seed + 1_000_003 * part)  # of its dropout
+                number = (step * config.gradient_accumulation_steps + micro) * world + rank
+                torch.manual_seed(config.seed + 1_000_003 * number)  # of this batch's dropout
                 x, y = (ids.to(device, non_blocking=True) for ids in next(loader))
                 last = micro == config.gradient_accumulation_steps - 1
                 with nullcontext() if world == 1 or last else model.no_sync():
                     with autocast(config.dtype, device):
                         loss = model(x, y)[1] / config.gradient_accumulation_steps
                     loss.backward()
-                total += loss.detach() / world
+                mean_loss += loss.detach() / world
             if world > 1:
-                dist.all_reduce(total)
-            loss = total.item()
+                dist.all_reduce(mean_loss)
             limit = config.grad_clip or math.inf
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit)
-            check_finite((loss, norm.item()))
+            check_finite((mean_loss.item(), norm.item()))
 
             # step
             for optimizer in optimizers:
@@ -321,9 +321,9 @@ def main():
                     optimizer.step()
                 optimizer.zero_grad()
             if master:
-                log.add(**row, loss=loss, learning_rate=config.learning_rate * factor)
+                log.add(**row, loss=mean_loss.item(), learning_rate=config.learning_rate * factor)
             step += 1
-            bar.set_postfix_str(f"step {step}, loss {loss:.3f}", refresh=False)
+            bar.set_postfix_str(f"step {step}, loss {mean_loss.item():.3f}", refresh=False)
             bar.update(tokens_per_step)
             if step < config.max_iters and stop.asked():
                 save()
@@ -337,8 +337,8 @@ def main():
         log.add(**row)
         plot_losses(log, out_dir / "loss.png")
         raw_model.load_state_dict(checkpoint.load_file(out_dir / "best.pt")["model"])
-        print(f"\nThe best model (validation loss {best_val_loss:.4f}) writes:\n"
-              f"{data.example(raw_model.eval(), device)}\n\n"
+        print(f"\nThe {'last' if data.last_is_best else 'best'} model (validation loss "
+              f"{best_val_loss:.4f}) writes:\n{data.example(raw_model.eval(), device)}\n\n"
               f"checkpoint {out_dir}/ckpt.pt (last) and {out_dir}/best.pt, log {out_dir}/log.csv, "
               f"loss curve {out_dir}/loss.png\n"
               f"more text: python sample.py --out_dir={out_dir}")

@@ -412,7 +412,7 @@ def test_norm_eps_reaches_every_norm():
     assert torch.equal(norm_heads(x, plain.config), x)
 
 
-def recall_accuracy(memory, steps=250):
+def recall_accuracy(memory, steps=150):
     """
     A symbol stands in the first segment between blanks; 18 tokens later it is asked for. Windows of
     8 tokens need three layers to reach that far (7 tokens each); the model has two.
