@@ -164,15 +164,15 @@ def profile(size):
     return pivot(f"ms, {size}", rows, "part", "job", measured)
 
 
-def printed(name):
-    """What a program printed, word for word."""
-    text = (ROOT / name).read_text(encoding="utf-8").rstrip()
-    return f"```\n{text}\n```"
+def printed(name, first, last):
+    """What a program printed, word for word: the first and the last lines of it."""
+    lines = (ROOT / name).read_text(encoding="utf-8").rstrip().split("\n")
+    return "\n".join(["```", *lines[:first], "[...]", *lines[-last:], "```"])
 
 
 TEN = ["0k", "1k", "4k", "16k", "32k"]
 TABLES = {
-    "first-run": lambda: printed("results/first_run.txt"),
+    "first-run": lambda: printed("results/first_run.txt", 10, 2),
     "qa1": lambda: accuracy("results/qa1.csv", ["0k", "1k", "4k", "16k", "64k", "128k"]),
     "qa1-all": lambda: accuracy_all("results/qa1.csv"),
     "ten": lambda: accuracy("results/ten.csv", TEN),
@@ -214,7 +214,7 @@ def rendered(text):
             raise ValueError(f"the table {name} is not closed by a line {END}")
         if name not in TABLES:
             raise ValueError(f"there is no table {name}: use {', '.join(TABLES)}")
-        parts[i + 1] = f"\n\n{TABLES[name]()}\n\n"
+        parts[i + 1] = f"\n{TABLES[name]()}\n"
     return "".join(parts)
 
 
