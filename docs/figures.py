@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
-from tables import ROOT, of_seeds, read, replace, select, values
+from tables import ROOT, load, of_seeds, replace, select, values
 
 MODELS = {  # model in results/: its name here, its colour (after Okabe and Ito), its line
     "LM2, gates x 2": ("LM2, gates × 2", "#0072B2", "-"),
@@ -77,7 +77,7 @@ def decorate(axes, lengths):
 
 
 def main():
-    rows = read("results/qa1.csv")
+    rows = load("results/qa1.csv")
     plt.rcParams.update({"font.size": 11, "text.color": "#222222", "axes.labelcolor": "#222222",
                          "xtick.color": "#222222", "ytick.color": "#222222",
                          "axes.edgecolor": "#999999"})

@@ -21,7 +21,7 @@ MARKER = re.compile(rf"^(<!-- table: .+ -->|{END})$", re.MULTILINE)
 NOTHING = "–"  # in a cell that was not measured
 
 
-def read(name):
+def load(name):
     """The rows of a CSV file, each as {column: text}. name: its path from the repository's root."""
     with open(ROOT / name, newline="", encoding="utf-8") as f:
         return list(csv.DictReader(f))
@@ -69,13 +69,13 @@ def of_seeds(rows):
 
 def accuracy(name, lengths):
     """The mean over tasks and seeds: a line for each model, a column for each length."""
-    return pivot("accuracy in %", read(name), "model", "length",
+    return pivot("accuracy in %", load(name), "model", "length",
                  lambda rows: whole(mean(of_seeds(rows))), lengths)
 
 
 def accuracy_all(name):
     """All lengths: with parameters, minutes of training if known, and the deviation over seeds."""
-    rows = read(name)
+    rows = load(name)
     known = ["parameters", "minutes"] if rows[0]["minutes"] else ["parameters"]
     lengths, lines = values(rows, "length"), []
     for model in values(rows, "model"):
@@ -93,7 +93,7 @@ def accuracy_all(name):
 
 def by_task(name):
     """Accuracy task by task, of the models whose tasks are known."""
-    rows = [row for row in read(name) if row["task"] != "all"]
+    rows = [row for row in load(name) if row["task"] != "all"]
     lines = []
     for model in values(rows, "model"):
         for length in values(rows, "length"):
@@ -117,7 +117,7 @@ def paper_mean(rows):
 
 def paper_far():
     """The paper's row >=8k beside the means of the lengths that it may stand for."""
-    rows, lines, far = read("data/paper_babilong.csv"), [], ["8k", "16k", "32k", "64k", "128k"]
+    rows, lines, far = load("data/paper_babilong.csv"), [], ["8k", "16k", "32k", "64k", "128k"]
     for model in values(rows, "model"):
         cells = [model]
         for lengths in ([">=8k"], far[:4], far):
@@ -137,14 +137,14 @@ def measured(rows):
 
 def speed(name):
     """Tokens a second: a line for each model, a column for each thing that all of them did."""
-    rows = [row for row in read(name) if row["part"] != "data"]
+    rows = [row for row in load(name) if row["part"] != "data"]
     return pivot("tokens a second", rows, "model", "what",
                  lambda rows: whole(rows[0]["tokens_per_s"]))
 
 
 def speed_all(name):
     """Each measurement with its ratio to the first model that did the same, memory and more."""
-    rows, lines = read(name), []
+    rows, lines = load(name), []
     units = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU",
              "first_token_ms": "ms to the first token"}
     for row in rows:
@@ -160,7 +160,7 @@ def speed_all(name):
 
 def profile(size):
     """Milliseconds of a training step and of a generation, by part of the block."""
-    rows = select(read("results/profile_cpu.csv"), size=size)
+    rows = select(load("results/profile_cpu.csv"), size=size)
     return pivot(f"ms, {size}", rows, "part", "job", measured)
 
 
@@ -181,12 +181,12 @@ TABLES = {
     "ten-gpu": lambda: accuracy("results/ten_gpu.csv", TEN),
     "ten-gpu-all": lambda: accuracy_all("results/ten_gpu.csv"),
     "ten-gpu-tasks": lambda: by_task("results/ten_gpu.csv"),
-    "real-babi": lambda: pivot("accuracy in %", read("results/real_babi.csv"), "run", "stories",
+    "real-babi": lambda: pivot("accuracy in %", load("results/real_babi.csv"), "run", "stories",
                                with_interval),
-    "paper": lambda: pivot("accuracy in %", read("data/paper_babilong.csv"), "model", "length",
+    "paper": lambda: pivot("accuracy in %", load("data/paper_babilong.csv"), "model", "length",
                            paper_mean),
     "paper-far": paper_far,
-    "shakespeare": lambda: pivot("", read("results/shakespeare.csv"), "model", "measure", measured),
+    "shakespeare": lambda: pivot("", load("results/shakespeare.csv"), "model", "measure", measured),
     "speed-cpu": lambda: speed("results/speed_cpu.csv"),
     "speed-cpu-all": lambda: speed_all("results/speed_cpu.csv"),
     "speed-cpu-far": lambda: speed_all("results/speed_cpu_far.csv"),
@@ -195,7 +195,7 @@ TABLES = {
     "speed-gpu-all": lambda: speed_all("results/speed_gpu.csv"),
     "profile-4x128": lambda: profile("4 x 128"),
     "profile-6x192": lambda: profile("6 x 192"),
-    "streaming": lambda: pivot("", read("results/streaming.csv"), "what", "measure", measured),
+    "streaming": lambda: pivot("", load("results/streaming.csv"), "what", "measure", measured),
 }
 
 

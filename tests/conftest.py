@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models are faster so; torch reads it once
 REPO = Path(__file__).parent.parent
 LINES = [f"SPEAKER {i % 7}:\nThe {i}th line of a small play, said {'loud' if i % 3 else 'low'}.\n\n"
          for i in range(150)]
