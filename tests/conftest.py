@@ -40,6 +40,11 @@ def is_one_line(code, err, *named):
         name in lines[0] for name in named)
 
 
+def heed_interrupts():
+    """A shell starts what it runs in the background deaf to Ctrl-C; a test's program is to hear it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Checkout:
     """
     A copy of the sources, so that no test touches the data and the runs of the person who calls
@@ -56,7 +61,7 @@ class Checkout:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | environment
         return subprocess.Popen([sys.executable, *args], cwd=self.folder, env=env, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                start_new_session=True)
+                                start_new_session=True, preexec_fn=heed_interrupts)
 
     def run(self, *args, **environment):
         """A program in a process of its own -> exit code, standard output, standard error"""

@@ -95,7 +95,7 @@ def test_no_number_is_nan_infinite_negative_or_too_long(capsys, name):
 
 
 @pytest.mark.parametrize("args, named", [
-    (["--out_dir=out/none"], "out/none"), (["--out_dir="], "best.pt"),
+    (["--out_dir=out/not-there"], "out/not-there"), (["--out_dir="], "best.pt"),
     (["--out_dir=play.txt"], "play.txt"), (["--start=\u00df"], "'\u00df'"),
     (["--start=\udcff"], "vocabulary"), (["--start=FILE:none.txt"], "none.txt"),
     (["--start=FILE:"], "text file"), (["--start=FILE:out"], "out is not a file"),

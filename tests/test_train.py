@@ -337,7 +337,7 @@ def test_overwrite_replaces_a_run(checkout, copy):
 
 
 @pytest.mark.parametrize("args", [["--n_head=3"], ["--dataset=none.txt"], ["--tokenizer=bpe"],
-                                  ["--init_from=out/none"], ["--n_embd=1000000"]], ids=str)
+                                  ["--init_from=out/not-there"], ["--n_embd=1000000"]], ids=str)
 def test_overwrite_that_is_refused_keeps_the_old_run(call, copy, args):
     before = contents(copy)
     code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", "--overwrite",
@@ -652,7 +652,7 @@ def test_no_number_is_nan_infinite_or_too_long(name):
     (["--num_workers=1000000"], "num_workers=1000000"), (["--seed=-1"], "seed=-1"),
     (["--out_dir=play.txt"], "out_dir=play.txt"),
     (["--out_dir=play.txt/run"], "out_dir=play.txt/run"),
-    (["--match_params=out/none"], "out/none"), (["stray"], "stray"), (["-x"], "-x"),
+    (["--match_params=out/not-there"], "out/not-there"), (["stray"], "stray"), (["-x"], "-x"),
     (["--n_layer = 2"], "--n_layer"), (["--compile=maybe"], "compile=maybe"),
 ], ids=str)
 def test_bad_input_is_refused_in_one_line(checkout, call, args, named):
