@@ -41,7 +41,7 @@ def is_one_line(code, err, *named):
 
 
 def heed_interrupts():
-    """A shell starts what it runs in the background deaf to Ctrl-C; a test's program is to hear it."""
+    """A shell starts background programs deaf to Ctrl-C; a test's program is to hear it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
