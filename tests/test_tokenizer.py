@@ -19,7 +19,8 @@ from data.tokenizer import (
 LINES = ("To be, or not to be, that is the question:\n"
          "Whether 'tis nobler in the mind to suffer\n")
 CORPUS = LINES * 20
-ODD = ["", " ", "\n\n \t\r\n", "naïve café", "日本語と한국어", "🙂👩‍👩‍👧‍👦", "e\u0301",
+ODD = ["", " ", "\n\n \t\r\n", "naïve café", "日本語と한국어",
+       "🙂👩‍👩‍👧‍👦", "e\u0301",
        "\x00\x7f\u2028", "<|endoftext|>", "a" * 300, "مرحبا", "\U0010ffff", "\ufeffa"]
 GPT2_PATTERN = (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++"
                 r"|\s++$|\s+(?!\S)|\s")
