@@ -392,6 +392,7 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     (dict(dropout=math.nan), "dropout=nan"), (dict(window_dropout=-0.1), "window_dropout=-0.1"),
     (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=math.nan), "rope_theta=nan"),
     (dict(vocab_size=0), "vocab_size=0"), (dict(mlp_ratio=-1.0), "mlp_ratio=-1.0"),
+    (dict(window_dropout=0.5, attention="full"), "window_dropout=0.5"),
     (dict(mlp_ratio=math.inf), "mlp_ratio=inf")], ids=str)
 def test_config_that_cannot_work_is_refused_in_one_line(kwargs, named):
     with pytest.raises(ValueError, match=named) as e:
