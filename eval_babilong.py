@@ -126,7 +126,7 @@ def questions(config, task, length):
     return found[:config.n_samples]
 
 
-def digest(asked):
+def sha256_of_questions(asked):
     """sha256 of Questions: which ones a result is of."""
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -245,7 +245,7 @@ def key_of(config, run, dtype, length, task, asked):
     about = {name: value for name, value in run.about.items() if name in results.KEY}
     return about | {"rag": config.rag, "gate_sharpness": config.gate_sharpness, "dtype": dtype,
                     "source": config.source, "seed": config.seed, "length": length, "task": task,
-                    "questions_sha256": digest(asked), "n": len(asked)}
+                    "questions_sha256": sha256_of_questions(asked), "n": len(asked)}
 
 
 def unanswered(config, runs, dtype, rows):
@@ -280,7 +280,9 @@ def current(rows, config):
             made = questions(most, task, length)
         except (ValueError, OSError):  # a file of an earlier call that is no longer there
             continue
-        found += [row for row in group if row["questions_sha256"] == digest(made[:row["n"]])]
+        for row in group:
+            if row["questions_sha256"] == sha256_of_questions(made[:row["n"]]):
+                found.append(row)
     return found
 
 

@@ -41,12 +41,13 @@ def save(path, model, **more):
         torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **more}, f)
 
 
-def load_file(path, keys={}):
+def load_file(path, keys=None):
     """
     The dict that `save` wrote, on the CPU; model_config an LM2Config. keys: {name: type} of what
     else it must hold. Raises ValueError, one line, where it is missing, damaged, or of another
     program or version.
     """
+    keys = keys or {}
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}: train first, or name the folder of a run")
     try:
