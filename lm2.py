@@ -7,7 +7,7 @@ Notable features:
 - a block's attention slides over the last T tokens: facts from far before come through the banks
 - layer-parallel: a block sees all segments of a sequence at once, only its N slots recur
 - a streaming state: tokens in any chunks, in constant memory, give the logits of the whole
-- without dropout and window dropout, training and evaluation compute the same logits
+- time dilation: in training a segment can count as hundreds, so that memory learns to last
 
 Shapes: B batch, L tokens of one call, P tokens before it, T = block_size (a segment), S segments,
 N = mem_slots, D = n_embd, nh = n_head, nkv = kv_heads, hs = D / nh. "Eq." numbers are the paper's.
@@ -170,9 +170,8 @@ def causal_mask(n_queries, n_keys, window, device, first_key=0):
 
 def with_segment_before(x, T):
     """Each segment together with the one before it. x (B, (n+1) * T, ...) -> (B * n, 2T, ...)"""
-    x = x.unflatten(1, (-1, T))
-    before, own = x[:, :-1], x[:, 1:]                                   # (B, n, T, ...)
-    return torch.cat((before, own), dim=2).flatten(0, 1)
+    x = x.unflatten(1, (-1, T))                                         # (B, n+1, T, ...)
+    return torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1)
 
 
 def window_attention(q, k, v, T, pos=0, within_segment=False):
@@ -292,26 +291,32 @@ class MemoryBank(nn.Module):
         C = attend(q.expand(len(keys), -1, -1, -1), keys, values)       # (B * S, N, D)
         return C.unflatten(0, (-1, n_segments))
 
-    def gates(self, x, C):
+    def gates(self, x, C, repeats=None):
         """Input and forget gate (B, S, N, D), float32. C is what may be written; x, which the input
-        gate sees, is C with `attend` and h with `aligned`."""
+        gate sees, is C with `attend` and h with `aligned`. repeats: see `LM2.forward`."""
         g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
-        g_forget = wide(self.w_forget(C)).sigmoid()                     # Eq. 5
-        return g_in, g_forget
+        z = wide(self.w_forget(C)).clamp(max=60)  # g_forget is 1 from 40 on, for certain
+        g_forget = z.sigmoid()                                          # Eq. 5
+        if repeats is None:
+            return g_in, g_forget
+        # time dilation: R times Eq. 6 is once Eq. 6 with other gates, g_forget^R and
+        # g_in (1 + g_forget + ... + g_forget^(R-1)) = g_in (1 - g_forget^R) / (1 - g_forget)
+        R = repeats[:, :C.size(1), None, None]  # of whole segments
+        log_gR = R * F.logsigmoid(z)            # of g_forget^R, exact where g_forget is nearly 1
+        series = -log_gR.expm1() / (-z).sigmoid()
+        return torch.where(R == 1, g_in, g_in * series), torch.where(R == 1, g_forget, log_gR.exp())
 
     def update(self, M, C, g_in, g_forget):
         """The bank after a segment."""
         return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6
 
-    def write_attend(self, segments, M):
+    def write_attend(self, segments, M, repeats=None):
         """Write with any N up to D. segments: Tokens (B, S, T, ...), M (B, 1, N, D) -> the bank
-        after each segment (B, S, N, D). Content and gates do not depend on the bank: they are made
-        for all segments at once, and only Eq. 6 recurs."""
+        after each segment (B, S, N, D). Content and gates do not see it: only Eq. 6 recurs."""
         C = self.content(segments.keys, segments.values)
-        g_in, g_forget = self.gates(C, C)
+        g_in, g_forget = self.gates(C, C, repeats)
         banks = []
-        each_segment = zip(C.split(1, dim=1), g_in.split(1, dim=1), g_forget.split(1, dim=1))
-        for C_s, g_in_s, g_forget_s in each_segment:
+        for C_s, g_in_s, g_forget_s in zip(*(x.split(1, dim=1) for x in (C, g_in, g_forget))):
             M = self.update(M, C_s, g_in_s, g_forget_s)
             banks.append(M)
         return torch.cat(banks, dim=1)
@@ -328,9 +333,9 @@ class MemoryBank(nn.Module):
             banks.append(M)
         return torch.cat(banks, dim=1)
 
-    def forward(self, h, keys, values, state):
+    def forward(self, h, keys, values, state, repeats=None):
         """Read for each token, write each segment that ends here. h (B, L, D) normed inputs of the
-        block, keys (not turned) and values (B, L, nkv, hs) of self-attention, BankState
+        block, keys (not turned) and values (B, L, nkv, hs) of self-attention, BankState, repeats
         -> g_out * E_mem (B, L, D), the BankState after these tokens"""
         T, L = self.config.block_size, h.size(1)
         begun = state.unwritten.h.size(1)         # tokens of the first segment that came before
@@ -343,8 +348,8 @@ class MemoryBank(nn.Module):
         M, slot_keys, slot_values = state.M[:, None], state.keys[:, None], state.values[:, None]
         if n_whole:
             segments = Tokens._make(x[:, :end].unflatten(1, (n_whole, T)) for x in tokens)
-            write = self.write_attend if self.config.mem_write == "attend" else self.write_aligned
-            banks = write(segments, M)                                  # (B, n_whole, N, D)
+            banks = (self.write_aligned(segments, M) if self.config.mem_write == "aligned"
+                     else self.write_attend(segments, M, repeats))      # (B, n_whole, N, D)
             M = banks[:, -1:]
             new_keys, new_values = self.keys_values(banks)
             slot_keys = torch.cat((slot_keys, new_keys), dim=1)
@@ -386,14 +391,14 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, pos, rope, state, within_segment=False):
+    def forward(self, x, pos, rope, state, within_segment=False, repeats=None):
         """x (B, L, D) of the tokens from position pos on, their rotary angles, the LayerState
-        before them, within_segment as in `window_attention` -> x, the LayerState after them"""
+        before them, within_segment as in `window_attention`, repeats -> x, the LayerState after"""
         h, bank = self.norm1(x), state.bank
         q, k, v, unturned = self.attention.project(h, rope)
         E, kept_k, kept_v = self.attention(q, k, v, pos, state.keys, state.values, within_segment)
         if self.memory:
-            E_gated, bank = self.memory(h, unturned, v, bank)
+            E_gated, bank = self.memory(h, unturned, v, bank, repeats)
             E = E + E_gated
         x = x + self.dropout(E)
         x = x + self.dropout(self.mlp(self.norm2(x)))
@@ -417,30 +422,26 @@ class LM2(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        embedding           normal, std 0.5
         linear layers       normal, std 1/sqrt(fan_in); biases zero
-        slot queries        normal, std 1
+        embedding           normal, std 0.5; slot queries normal, std 1
         head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first
         gates               zero weights, so that they start at their biases: input and output gate
                             half open (closed, they hide the gradient), forget gate +2 (0.88)
         everything else     as PyTorch makes it: gains are one"""
-        banks = [block.memory for block in self.blocks if block.memory]
-        zero = {layer for bank in banks
-                for layer in (bank.w_v, bank.w_in, bank.w_forget, bank.w_out)} | {self.head}
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(std=0.5)
-            elif isinstance(module, MemoryBank) and module.config.mem_write == "attend":
-                module.slot_queries.normal_()
             elif isinstance(module, nn.Linear):
-                if module in zero:
-                    module.weight.zero_()
-                else:
-                    module.weight.normal_(std=module.in_features ** -0.5)
+                module.weight.normal_(std=module.in_features ** -0.5)
                 if module.bias is not None:
                     module.bias.zero_()
-        for bank in banks:
+        self.head.weight.zero_()
+        for bank in (block.memory for block in self.blocks if block.memory):
+            for layer in (bank.w_v, bank.w_in, bank.w_forget, bank.w_out):
+                layer.weight.zero_()
             bank.w_forget.bias.fill_(2.0)
+            if bank.config.mem_write == "attend":
+                bank.slot_queries.normal_()
 
     def initial_state(self, batch):
         """The State before the first token, for `batch` sequences."""
@@ -454,31 +455,34 @@ class LM2(nn.Module):
         share = self.config.window_dropout if self.training and self.config.n_banks else 0
         return torch.rand((), device=device) < share if share else False
 
-    def check(self, idx):
+    def check(self, idx, repeats=None):
         """Raises ValueError where the model cannot run on idx (B, L)."""
         require(idx.size(1) > 0, "idx has no tokens: begin with at least one, such as a newline")
         require(self.head.weight.dtype not in (torch.bfloat16, torch.float16), "half precision is "
                 "too coarse for the bank: keep the weights in float32 and use torch.autocast")
+        require(repeats is None or (self.config.memory, self.config.mem_write) == ("lm2", "attend"),
+                "time dilation needs memory=lm2 and mem_write=attend")
 
-    def features(self, idx, state=None):
-        """idx (B, L) token ids, L >= 1; state: the State before them, None at the start of a text
-        -> normed features (B, L, D), the State after. Raises ValueError."""
-        self.check(idx)
+    def features(self, idx, state=None, repeats=None):
+        """idx (B, L) token ids, L >= 1; state: the State before them, None at the start of a text;
+        repeats as in `forward` -> normed features (B, L, D), the State after. Raises ValueError."""
+        self.check(idx, repeats)
         c, length = self.config, idx.size(1)
         state = state or self.initial_state(len(idx))
         rope = rope_angles(state.pos, length, c.head_dim, c.rope_theta, idx.device)
         within_segment = self.draw_window_dropout(idx.device)
         x, layers = self.dropout(self.embedding(idx)), []
         for block, layer in zip(self.blocks, state.layers):
-            x, layer = block(x, state.pos, rope, layer, within_segment)
+            x, layer = block(x, state.pos, rope, layer, within_segment, repeats)
             layers.append(layer)
         return self.norm(x), State(state.pos + length, layers)
 
-    def forward(self, idx, targets=None, state=None):
+    def forward(self, idx, targets=None, state=None, repeats=None):
         """idx (B, L) token ids, any L >= 1; targets (B, L), -1 where nothing is to be predicted;
-        state from an earlier call -> logits (B, L, vocab_size), loss (mean cross-entropy in nats
-        per target, None without targets), state"""
-        x, state = self.features(idx, state)
+        state from an earlier call; repeats (B, S), time dilation: how often each of the S segments
+        that idx has tokens of is written, None: once -> logits (B, L, vocab_size), loss (mean
+        cross-entropy in nats per target, None without targets), state"""
+        x, state = self.features(idx, state, repeats)
         logits = self.head(x)
         if targets is None:
             return logits, None, state
@@ -508,13 +512,9 @@ def draw_token(logits, temperature=1.0, top_k=None, top_p=None):
     """Draw a token from each row of logits (B, vocab_size) -> (B,)"""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+    n_tokens = logits.size(-1)
+    logits, order = (logits / temperature).topk(min(top_k or n_tokens, n_tokens))  # likeliest first
     probs = logits.softmax(dim=-1)
-    if top_p:
-        sorted_probs, order = probs.sort(dim=-1, descending=True)
-        beyond = sorted_probs.cumsum(dim=-1) - sorted_probs >= top_p  # the likelier ones reach p
-        probs = probs.scatter(-1, order, sorted_probs.masked_fill(beyond, 0.0))
-    return torch.multinomial(probs, num_samples=1).squeeze(-1)
+    if top_p:  # without those whose likelier ones reach it already
+        probs = probs.masked_fill(probs.cumsum(dim=-1) - probs >= top_p, 0.0)
+    return order.gather(-1, torch.multinomial(probs, num_samples=1)).squeeze(-1)

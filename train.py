@@ -27,7 +27,7 @@ from data.files import write_json
 from data.text import check_length, digest, open_text
 from lib import checkpoint, run
 from lib.config import at_least, below, parse, user_errors
-from lib.device import autocast, pick_compile, pick_device, pick_dtype
+from lib.device import autocast, pick_compile, pick_device, pick_dtype, to_device
 from lib.log import Log, plot_losses
 from lib.optim import make_optimizers
 from lm2 import LM2Config
@@ -154,7 +154,7 @@ def learning_rate_factor(step, config):
 def batches(data, config, step, rank, world, device):
     """
     The batches of one process from a step up to the next evaluation, where a curriculum may move
-    on -> an iterator of inputs and targets, the same ones whatever num_workers is
+    on -> an iterator of what `data.batch` returns, the same whatever num_workers is
     """
     until = min(config.max_iters, step - step % config.eval_interval + config.eval_interval)
 
@@ -183,9 +183,9 @@ def evaluate(model, data, config, device, stop):
     for batch in data.evaluation_batches(config):
         if stop.asked():
             return None
-        x, y = batch.x.to(device), batch.y.to(device)
+        x, y, repeats = to_device((batch.x, batch.y, batch.repeats), device)
         with autocast(config.dtype, device):
-            logits, loss, state = model(x, y, state if batch.continues else None)
+            logits, loss, state = model(x, y, state if batch.continues else None, repeats)
         n_targets = int((batch.y != -1).sum())
         nats[batch.column] += loss.item() * n_targets
         targets[batch.column] += n_targets
@@ -244,9 +244,9 @@ def main():
     @torch.no_grad()
     def save():
         """Write the run as it stands, but not weights that give no finite loss any more."""
-        x, y = (ids.to(device) for ids in data.batch(config, step, 0))
+        x, y, repeats = to_device(data.batch(config, step, 0), device)
         with autocast(config.dtype, device):
-            check_finite([raw_model(x, y)[1].item()])
+            check_finite([raw_model(x, y, repeats=repeats)[1].item()])
         if not master:
             return
         about = {"train": asdict(config), "data": data.meta, "parameters": n_parameters,
@@ -302,11 +302,11 @@ def main():
             for micro in range(config.gradient_accumulation_steps):
                 number = (step * config.gradient_accumulation_steps + micro) * world + rank
                 torch.manual_seed(config.seed + 1_000_003 * number)  # of this batch's dropout
-                x, y = (ids.to(device, non_blocking=True) for ids in next(loader))
+                x, y, repeats = to_device(next(loader), device)
                 last = micro == config.gradient_accumulation_steps - 1
                 with nullcontext() if world == 1 or last else model.no_sync():
                     with autocast(config.dtype, device):
-                        loss = model(x, y)[1] / config.gradient_accumulation_steps
+                        loss = model(x, y, repeats=repeats)[1] / config.gradient_accumulation_steps
                     loss.backward()
                 mean_loss += loss.detach() / world
             if world > 1:

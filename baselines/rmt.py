@@ -72,12 +72,12 @@ class RMT(LM2):
             x = x + block.dropout(block.mlp(block.norm2(x)))
         return self.norm(x), seen
 
-    def features(self, idx, state=None):
+    def features(self, idx, state=None, repeats=None):
         """
-        idx (B, L) token ids, state the RMTState before them (None: the start of a text)
+        idx (B, L) token ids, state the RMTState before them (None: the start of a text), no repeats
         -> normed features (B, L, D), the RMTState after. Raises ValueError.
         """
-        self.check(idx)
+        self.check(idx, repeats)
         c = self.config
         T, m = c.block_size, c.mem_slots
         pos, memory_tokens, layers = state or self.initial_state(len(idx))

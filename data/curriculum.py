@@ -6,11 +6,17 @@ steps that were left are spent. Part of the batches rehearse the shorter lengths
 the stories ask at their end about all that they told, whatever any of the tasks would ask: that
 gives a memory many answers to learn from. Lengths that let in one fact more each, one after the
 other, teach to match names.
+
+A length such as 128k/2k is time dilation: 2,000 tokens whose segments without a part of the story
+are written so often that all together count as 128,000. What training asks of the gates is then
+what a text of 128,000 tokens asks: to keep over two thousand segments, and to let nothing in.
 """
 import random
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from data.babi import TASKS, simulate
 from data.babilong import (
@@ -18,7 +24,8 @@ from data.babilong import (
     encode_line,
     hide_question,
     join,
-    parse_lengths,
+    parse_length,
+    parse_list,
     parse_tasks,
     questions_of,
 )
@@ -29,6 +36,30 @@ from data.tokenizer import make_tokenizer
 RECALL = 0.7       # share of the batches whose stories ask at their end
 LESSONS = 400      # stories of each task that the tokenizer sees
 BARE_TOKENS = 256  # of a bare story in training, at most: the rest of it is left out
+
+
+class Length(NamedTuple):
+    """A length of the curriculum."""
+    tokens: int   # of a story and the text around it; 0: bare stories
+    counted: int  # what its segments count for in the write, in tokens: more with time dilation
+
+
+def parse_course(text):
+    """
+    The Lengths of "512,2k,128k/2k". 128k/2k is 2,000 tokens that count as 128,000, see `dilation`.
+    Raises ValueError.
+    """
+    lengths = []
+    for name in parse_list("lengths", text):
+        counted, slash, tokens = name.partition("/")
+        length = Length(parse_length(tokens if slash else counted), parse_length(counted))
+        if slash and not 0 < length.tokens < length.counted:
+            raise ValueError(f"length {name} in lengths={text} must count as more tokens than it "
+                             "has: use for example 128k/2k")
+        if length in lengths:
+            raise ValueError(f"lengths={text} lists {name} twice: leave one out")
+        lengths.append(length)
+    return lengths
 
 
 def training_row(tasks, limit, tokenizer, rng, asking):
@@ -64,9 +95,10 @@ def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, p
                    asking="along"):
     """
     Stories with questions and answers in place, mixed to `length` tokens (0: bare stories of up to
-    BARE_TOKENS, haystack unused), a pure function of its arguments -> x, y (batch_size, L) int64
-    and the task of each row. y is the next token where that belongs to an answer, and -1 elsewhere;
-    L is a multiple of 16. Parts 0 to P-1 are together what part 0 has with P times the batch size.
+    BARE_TOKENS, haystack unused), a pure function of its arguments -> x, y (batch_size, L) int64,
+    told (batch_size, L) bool, and the task of each row. y is the next token where that belongs to
+    an answer, and -1 elsewhere; told is True for the tokens of the story; L is a multiple of 16.
+    Parts 0 to P-1 are together what part 0 has with P times the batch size.
     asking: the stories ask "along" the way, as bAbI does, or at their end, with no text between the
     questions: all that their "own" task, or "all" tasks together, can ask about them.
     """
@@ -75,21 +107,33 @@ def training_batch(tasks, length, haystack, tokenizer, batch_size, seed, step, p
         rng = np.random.default_rng([seed, step, row])
         story_rng = random.Random(int(rng.integers(1 << 62)))
         task, lines = training_row(tasks, length or BARE_TOKENS, tokenizer, story_rng, asking)
-        ids, starts = mix_story(lines, length, haystack, rng)
-        answers = []
-        for start, (line, n_answer) in zip(starts, lines):
-            if n_answer:
-                answers.append((start + len(line) - n_answer, start + len(line)))
         names.append(task)
-        rows.append((ids, answers))
-    width = -(-max(len(ids) for ids, _ in rows) // 16) * 16
+        rows.append((*mix_story(lines, length, haystack, rng), lines))
+    width = -(-max(len(ids) for ids, _, _ in rows) // 16) * 16
     x = np.zeros((batch_size, width), dtype=np.int64)
     y = np.full((batch_size, width), -1)
-    for i, (ids, answers) in enumerate(rows):
+    told = np.zeros((batch_size, width), dtype=bool)
+    for i, (ids, starts, lines) in enumerate(rows):
         x[i, :len(ids)] = ids
-        for start, end in answers:
-            y[i, start - 1:end - 1] = ids[start:end]
-    return torch.from_numpy(x), torch.from_numpy(y), names
+        for start, (line, n_answer) in zip(starts, lines):
+            end = start + len(line)
+            told[i, start:end] = True
+            if n_answer:
+                y[i, end - n_answer - 1:end - 1] = ids[end - n_answer:end]
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(told), names
+
+
+def dilation(told, n_tokens, T):
+    """
+    Time dilation: how often each segment of T tokens is to count, so that together they are
+    n_tokens. A segment with a token of the story counts once, and the empty ones share the rest
+    equally. told (B, L) bool -> (B, S) float32, at least 1, S = L / T rounded up
+    """
+    S = -(-told.size(1) // T)
+    full = F.pad(told, (0, S * T - told.size(1))).unflatten(1, (S, T)).any(-1)
+    n_full = full.sum(1, keepdim=True)
+    of_empty = (n_tokens / T - n_full) / (S - n_full).clamp(min=1)
+    return torch.where(full, 1.0, of_empty.clamp(min=1.0))
 
 
 class Stories:
@@ -97,7 +141,7 @@ class Stories:
     last_is_best = True  # no story comes twice, so nothing is overfitted
 
     def __init__(self, tasks, lengths, train, val, tokenizer, meta):
-        """lengths: in tokens, in the order of the curriculum; train and val: Haystacks."""
+        """lengths: Lengths in the order of the curriculum; train and val: Haystacks."""
         self.tasks, self.lengths = tasks, lengths
         self.train, self.val = train, val
         self.tokenizer, self.meta = tokenizer, meta
@@ -107,43 +151,51 @@ class Stories:
     def draw(self, haystack, length, config, seed, step, part, asking):
         """
         As many rows as fit into batch_size * n_segments * block_size tokens, asking as in
-        `training_batch` -> inputs, targets (rows, L), task of each row
+        `training_batch` -> inputs, targets (rows, L), repeats (rows, S) or None, task of each row
         """
-        usual = length or 128  # most bare stories are about as long
+        usual = length.tokens or 128  # most bare stories are about as long
         rows = config.batch_size * config.n_segments * config.block_size // usual
-        return training_batch(self.tasks, length, haystack, self.tokenizer, max(1, rows),
-                              seed, step, part, asking)
+        x, y, told, tasks = training_batch(self.tasks, length.tokens, haystack, self.tokenizer,
+                                           max(1, rows), seed, step, part, asking)
+        repeats = None
+        if length.counted > length.tokens:
+            repeats = dilation(told, length.counted, config.block_size)
+        return x, y, repeats, tasks
 
     def batch(self, config, step, part):
-        """Inputs and targets (rows, L) of one part of a step; targets are -1 but for answers."""
+        """
+        Inputs and targets (rows, L) of one part of a step; targets are -1 but for answers. Then
+        how often each segment counts (rows, S), None where each does once.
+        """
         rng = np.random.default_rng([config.seed, step])
         stage, _ = self.progress
         if rng.random() < config.rehearse:
             stage = int(rng.integers(stage + 1))
         asking = "all" if rng.random() < RECALL else "along"
         length = self.lengths[stage]
-        x, y, _ = self.draw(self.train, length, config, config.seed, step, part, asking)
-        return x, y
+        return self.draw(self.train, length, config, config.seed, step, part, asking)[:3]
 
     def evaluation_batches(self, config):
         """
         Stories at the current length, in text that training never sees (val_loss); every second
         batch asks at the end, only what its own task asks.
         """
-        length = self.position()["length"]
+        stage, _ = self.progress
         for step in range(config.eval_iters):
             asking = ("along", "own")[step % 2]
-            x, y, tasks = self.draw(self.val, length, config, config.seed + 1, step, 0, asking)
-            yield EvaluationBatch("val_loss", x, y, continues=False, tasks=tasks)
+            x, y, repeats, tasks = self.draw(self.val, self.lengths[stage], config,
+                                             config.seed + 1, step, 0, asking)
+            yield EvaluationBatch("val_loss", x, y, False, tasks, repeats)
 
     def position(self):
+        """The current length, in the tokens that it counts as."""
         stage, _ = self.progress
-        return {"length": self.lengths[stage]}
+        return {"length": self.lengths[stage].counted}
 
     def report(self, row):
         """An evaluation in words."""
         tasks = " ".join(f"{task} {row[task]:.3f}" for task in self.tasks if task in row)
-        return (f"{row['length']} tokens: validation loss {row['val_loss']:.4f}, "
+        return (f"{row['length']:,} tokens: validation loss {row['val_loss']:.4f}, "
                 f"accuracy {row['accuracy']:.3f} ({tasks})")
 
     def advance(self, step, row, config):
@@ -195,7 +247,11 @@ def open_stories(config, tokenizer=None):
     a new one. Raises ValueError or OSError, one line that says what to do.
     """
     tasks = parse_tasks(config.tasks)
-    lengths = list(parse_lengths(config.lengths).values())
+    lengths = parse_course(config.lengths)
+    dilated = any(length.counted > length.tokens for length in lengths)
+    if dilated and (config.memory, config.mem_write) != ("lm2", "attend"):
+        raise ValueError(f"lengths={config.lengths} has time dilation, which needs memory=lm2 and "
+                         "mem_write=attend: leave out what has a /")
     found = read_text(config.corpus)
     train, val = split(found.text)
     if not tokenizer:
@@ -203,7 +259,7 @@ def open_stories(config, tokenizer=None):
         tokenizer = make_tokenizer(config.tokenizer, seen, config.vocab_size)
     train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
     for length in lengths:  # a length that no story fits into is told now
-        training_batch(tasks, length, train, tokenizer, 1, config.seed, 0)
+        training_batch(tasks, length.tokens, train, tokenizer, 1, config.seed, 0)
     meta = {
         "source": found.source,
         "sha256": found.sha256,

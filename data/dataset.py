@@ -11,6 +11,7 @@ class EvaluationBatch(NamedTuple):
     y: Tensor        # (rows, L) int64, targets; -1 where nothing is to be predicted
     continues: bool  # it goes on where the batch before ended: the model's state is carried along
     tasks: list      # the task of each row, to count right answers by; [] for text
+    repeats: Tensor | None = None  # (rows, S), how often each segment counts; None: once
 
 
 class Dataset(Protocol):
@@ -24,10 +25,11 @@ class Dataset(Protocol):
     last_is_best: bool   # the last step is the best one, whatever its validation loss
     progress: object     # where in a curriculum, as JSON, kept in a checkpoint; None for text
 
-    def batch(self, config, step, part) -> tuple[Tensor, Tensor]:
+    def batch(self, config, step, part) -> tuple[Tensor, Tensor, Tensor | None]:
         """
         Inputs and targets (rows, L) int64 of one part of a step, targets -1 where nothing is to be
-        predicted; a pure function of config.seed, step, part and progress.
+        predicted, and how often each segment counts (rows, S), None where each does once; a pure
+        function of config.seed, step, part and progress.
         """
 
     def evaluation_batches(self, config) -> Iterator[EvaluationBatch]:

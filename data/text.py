@@ -188,7 +188,8 @@ class Text:
     def batch(self, config, step, part):
         """Inputs and targets (batch_size, n_segments * block_size) of one part of a step."""
         length = config.n_segments * config.block_size
-        return get_batch(self.train, length, config.batch_size, config.seed, step, part)
+        x, y = get_batch(self.train, length, config.batch_size, config.seed, step, part)
+        return x, y, None
 
     def evaluation_batches(self, config):
         """

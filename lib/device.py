@@ -53,6 +53,11 @@ def matmul_seconds(dtype):
     return min(laps)
 
 
+def to_device(batch, device):
+    """The tensors of a batch on a device; None stays None."""
+    return [x if x is None else x.to(device, non_blocking=True) for x in batch]
+
+
 def autocast(dtype, device):
     """The context a model runs in: bfloat16 autocast, or nothing."""
     return torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()

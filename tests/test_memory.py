@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from lib.checkpoint import make_model
 from lm2 import LM2, BankState, LM2Config, MemoryBank, Tokens, norm_heads
 
 T, N, D, HEADS, SEGMENTS, BATCH = 6, 4, 16, 2, 3, 2
 ALIGNED = dict(mem_write="aligned", mem_slots=T)
 CASES = [dict(), dict(mem_topk=2), dict(qk_norm=False), ALIGNED, dict(mem_topk=3, **ALIGNED)]
+REPEATS = np.array([[1, 3, 1], [4, 1, 7]])  # (B, S), of time dilation
+WITH_REPEATS = [(case, None) for case in CASES] + [(case, REPEATS) for case in CASES[:1]]
 
 
 def sigmoid(x):
@@ -39,15 +42,17 @@ def cross_attention(q, k, v, topk=0):
     return np.concatenate(heads, axis=1)
 
 
-def reference(bank, h, k, v, M):
+def reference(bank, h, k, v, M, repeats=None):
     """
     One row of a batch: h and keys and values of self-attention, their heads side by side (S, T, D),
-    M (N, D) -> g_out * E_mem (S, T, D), the bank at the end (N, D)
+    M (N, D), how often each segment is written (S,)
+    -> g_out * E_mem (S, T, D), the bank at the end (N, D)
     """
     config = bank.config
     p = {name: value.detach().numpy() for name, value in bank.named_parameters()}
     outputs = []
-    for x, k_s, v_s in zip(h, k, v):
+    repeats = np.ones(len(h), dtype=int) if repeats is None else repeats
+    for x, k_s, v_s, R in zip(h, k, v, repeats):
         slots = rms_norm(M, config) * p["norm.weight"]
         Q = x @ p["w_q.weight"].T                                              # Eq. 1
         K, V = slots @ p["w_k.weight"].T, slots @ p["w_v.weight"].T            # Eq. 1
@@ -62,7 +67,8 @@ def reference(bank, h, k, v, M):
             C, into = E, x
         g_in = sigmoid(into @ p["w_in.weight"].T + p["w_in.bias"])             # Eq. 4
         g_forget = sigmoid(C @ p["w_forget.weight"].T + p["w_forget.bias"])    # Eq. 5
-        M = g_in * np.tanh(C) + g_forget * M                                   # Eq. 6
+        for _ in range(R):
+            M = g_in * np.tanh(C) + g_forget * M                               # Eq. 6
     return np.stack(outputs), M
 
 
@@ -79,7 +85,7 @@ def make_bank(**kwargs):
     return bank, h, k, v, torch.randn(BATCH, config.mem_slots, D).double()
 
 
-def run(bank, h, k, v, M):
+def run(bank, h, k, v, M, repeats=None):
     """
     As `reference` does it, for a batch whose bank was written before: h, k, v (B, S * T, D),
     M (B, N, D) -> g_out * E_mem, the bank at the end
@@ -87,7 +93,8 @@ def run(bank, h, k, v, M):
     keys, values = bank.keys_values(M[:, None])
     k, v = k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1))
     nothing = Tokens(h[:, :0], k[:, :0], v[:, :0])
-    out, state = bank(h, k, v, BankState(M, keys[:, 0], values[:, 0], nothing))
+    repeats = None if repeats is None else torch.from_numpy(repeats)
+    out, state = bank(h, k, v, BankState(M, keys[:, 0], values[:, 0], nothing), repeats)
     return out, state.M
 
 
@@ -96,30 +103,32 @@ def rows(*tensors):
     return [x.detach().view(SEGMENTS, T, D).numpy() for x in tensors]
 
 
-@pytest.mark.parametrize("kwargs", CASES, ids=str)
-def test_values_agree_with_numpy(kwargs):
+@pytest.mark.parametrize("kwargs, repeats", WITH_REPEATS, ids=str)
+def test_values_agree_with_numpy(kwargs, repeats):
     bank, h, k, v, M = make_bank(**kwargs)
-    out, after = run(bank, h, k, v, M)
+    out, after = run(bank, h, k, v, M, repeats)
     for b in range(BATCH):
-        expected, expected_after = reference(bank, *rows(h[b], k[b], v[b]), M[b].numpy())
+        often = None if repeats is None else repeats[b]
+        expected, expected_after = reference(bank, *rows(h[b], k[b], v[b]), M[b].numpy(), often)
         found = out[b].view(SEGMENTS, T, D).detach()
         np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(after[b].detach(), expected_after, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kwargs", CASES, ids=str)
-def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
+@pytest.mark.parametrize("kwargs, repeats", WITH_REPEATS, ids=str)
+def test_gradients_agree_with_finite_differences_of_numpy(kwargs, repeats):
     bank, *inputs = make_bank(**kwargs)
+    often = None if repeats is None else repeats[1]
     h, k, v, M = inputs = [x[:1].requires_grad_() for x in inputs]
     generator = np.random.default_rng(0)
     # a random direction to look along
     a, b = generator.normal(size=h.shape[1:]), generator.normal(size=M.shape[1:])
 
     def scalar():
-        out, after = reference(bank, *rows(h[0], k[0], v[0]), M[0].detach().numpy())
+        out, after = reference(bank, *rows(h[0], k[0], v[0]), M[0].detach().numpy(), often)
         return np.sum(out.reshape(-1, D) * a) + np.sum(after * b)
 
-    out, after = run(bank, *inputs)
+    out, after = run(bank, *inputs, None if repeats is None else repeats[1:])
     ((out[0] * torch.from_numpy(a)).sum() + (after[0] * torch.from_numpy(b)).sum()).backward()
     written = dict(k=k, v=v) if bank.config.mem_write == "attend" else {}
     for name, x in dict(bank.named_parameters(), h=h, M=M, **written).items():
@@ -134,6 +143,87 @@ def test_gradients_agree_with_finite_differences_of_numpy(kwargs):
             slope = (up - down) / (2 * eps)
             assert x.grad.view(-1)[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-7), name
 
+
+# --- Time dilation
+
+def bank_of_logits(z):
+    """A float32 bank whose forget gate has these logits (D,) for any content."""
+    bank = MemoryBank(LM2Config(vocab_size=11, n_embd=D, block_size=T, n_head=HEADS, mem_slots=N))
+    for p in bank.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    torch.nn.init.zeros_(bank.w_forget.weight)
+    bank.w_forget.bias.data.copy_(z)
+    return bank
+
+
+@pytest.mark.parametrize("R", [2, 64, 1000, 10_000])
+def test_a_segment_that_counts_often_is_stable_for_logits_from_minus_30_to_30(R):
+    torch.manual_seed(0)
+    z = torch.linspace(-30, 30, D)
+    bank, C = bank_of_logits(z), torch.randn(1, 1, N, D, requires_grad=True)
+    g_in, g_forget = bank.gates(C, C, torch.full((1, 1), float(R)))
+    z = z.double().numpy()
+    log_kept, lost = -R * np.log1p(np.exp(-z)), sigmoid(-z)     # of g^R; 1 - g
+    once, _ = bank.gates(C, C)
+    np.testing.assert_allclose(g_forget.detach()[0, 0, 0], np.exp(log_kept), rtol=1e-3, atol=1e-25)
+    np.testing.assert_allclose((g_in / once).detach()[0, 0, 0], -np.expm1(log_kept) / lost,
+                               rtol=1e-4)
+    (slope,) = torch.autograd.grad(g_forget.sum(), bank.w_forget.bias, retain_graph=True)
+    expected = N * R * np.exp(log_kept) * lost                   # of g^R, by the logit of g
+    np.testing.assert_allclose(slope, expected, rtol=1e-3, atol=1e-20)
+    (g_in.sum() + g_forget.sum()).backward()
+    assert C.grad.isfinite().all() and bank.w_forget.bias.grad.isfinite().all()
+
+
+def test_saturated_forget_gates_give_finite_gradients():
+    bank = bank_of_logits(torch.linspace(-1e4, 1e4, D))
+    C = torch.randn(1, 1, N, D, requires_grad=True)
+    sum(gate.sum() for gate in bank.gates(C, C, torch.full((1, 1), 100.0))).backward()
+    for x in (C, *bank.w_forget.parameters(), *bank.w_in.parameters()):
+        assert x.grad.isfinite().all()
+
+
+def test_segments_that_count_once_are_what_they_were_bit_for_bit():
+    torch.manual_seed(0)
+    model = LM2(LM2Config(vocab_size=11, n_layer=2, n_embd=D, n_head=HEADS, block_size=T,
+                          mem_slots=N))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    idx = torch.randint(11, (2, 3 * T + 2))
+    found = []
+    for repeats in (None, torch.ones(2, 4)):
+        model.zero_grad()
+        logits, loss, state = model(idx, idx, repeats=repeats)
+        loss.backward()
+        found.append([logits, state.layers[1].bank.M, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    often = model(idx, repeats=torch.tensor([[1, 50.0, 1, 1], [1, 1, 1, 1]]))[0]
+    assert not torch.allclose(often[0, 2 * T:], found[0][0][0, 2 * T:])
+    assert torch.equal(often[1], found[0][0][1]) and torch.equal(often[0, :2 * T],
+                                                                 found[0][0][0, :2 * T])
+
+
+def test_a_segment_may_be_written_often_in_any_chunks():
+    torch.manual_seed(0)
+    model = LM2(LM2Config(vocab_size=11, n_layer=2, n_embd=D, n_head=HEADS, block_size=T,
+                          mem_slots=N))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    idx, repeats = torch.randint(11, (1, 3 * T)), torch.tensor([[3.0, 20.0, 1.0]])
+    whole = model(idx, repeats=repeats)[0]
+    first, _, state = model(idx[:, :T + 2], repeats=repeats[:, :2])
+    rest = model(idx[:, T + 2:], state=state, repeats=repeats[:, 1:])[0]
+    torch.testing.assert_close(torch.cat((first, rest), dim=1), whole)
+
+
+@pytest.mark.parametrize("kwargs", [ALIGNED, dict(memory="none"), dict(memory="rmt")], ids=str)
+def test_time_dilation_needs_the_attend_write(kwargs):
+    config = LM2Config(vocab_size=11, n_layer=1, n_embd=D, n_head=HEADS, block_size=T, **kwargs)
+    with pytest.raises(ValueError, match="^time dilation needs memory=lm2 and mem_write=attend$"):
+        make_model(config)(torch.zeros(1, T, dtype=torch.long), repeats=torch.ones(1, 1))
+
+
+# --- The bank in the model
 
 def test_bank_starts_as_identity_and_reads_as_nothing():
     bank, h, *_ = make_bank()
