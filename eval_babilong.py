@@ -4,7 +4,7 @@ hidden in a long text, and a question at its end.
 
     python eval_babilong.py out/lm2 out/rmt --tasks=qa1,qa2 --lengths=0k,1k,4k --n_samples=100
     python eval_babilong.py out/full --rag=10           # the 10 sentences nearest to the question
-    python eval_babilong.py out/lm2 --lengths=64k --gate_sharpness=2      # memory that fades less
+    python eval_babilong.py out/lm2 --corpus=book.txt --count=gpt2   # in a book, GPT-2's tokens
     python eval_babilong.py out/lm2 --lengths=0k --babi_dir=tasks_1-20_v1-2/en
     python eval_babilong.py out/lm2 --babilong_dir=babilong/data
 
@@ -14,7 +14,6 @@ an interrupted evaluation goes on, and further runs, tasks and lengths join the 
 """
 import hashlib
 import json
-import math
 import os
 import random
 import sys
@@ -43,7 +42,7 @@ from data.babilong import (
 )
 from data.files import sha256_of
 from data.text import read_text, split
-from data.tokenizer import check_text
+from data.tokenizer import GPT2Tokenizer, check_text
 from lib import checkpoint, results
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
@@ -58,13 +57,14 @@ class EvalConfig:
     # questions
     tasks: str = ",".join(TASKS)  # tasks, as in qa1,qa2
     lengths: str = "0k,1k,2k,4k"  # in tokens, as in 0k,512,1k,128k,1M; 0k is the bare story
+    count: str = "own"            # whose tokens: own, those of the run, or gpt2, as in BABILong
+    corpus: str = ""              # text to hide facts in, as in train.py; "": the run's, unseen 10%
     n_samples: int = 100          # questions of each task and length
     seed: int = 1337              # of the stories and of the text around them
     babi_dir: str = ""            # folder of bAbI v1.2 files, to ask their questions
     babilong_dir: str = ""        # folder of BABILong's records, to ask theirs in their contexts
     # answers
     rag: int = 0                  # K: the model sees only the K sentences nearest to the question
-    gate_sharpness: float = 1.0   # lm2: times the logits of its gates; above 1 it forgets less
     # machine
     batch_size: int = 8           # contexts read at once
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
@@ -78,10 +78,13 @@ class EvalConfig:
             raise ValueError("runs is empty: name at least one, python eval_babilong.py out/lm2")
         at_least(self, 1, "n_samples", "batch_size")
         at_least(self, 0, "rag", "seed")
-        if not 0 < self.gate_sharpness < math.inf:
-            raise ValueError(f"gate_sharpness={self.gate_sharpness} must be above 0, and finite")
+        if self.count not in ("own", "gpt2"):
+            raise ValueError(f"count={self.count} is not known: use own or gpt2")
         if self.babi_dir and self.babilong_dir:
             raise ValueError("babi_dir and babilong_dir exclude each other: choose one")
+        if self.babilong_dir and (self.corpus or self.count != "own"):
+            raise ValueError("the records of babilong_dir have their own text and lengths: "
+                             "leave out --corpus and --count")
         folders = [folder_name(run) for run in self.runs]
         if twice := [folder for folder in folders if folders.count(folder) > 1]:
             raise ValueError(f"the run {twice[0]} is named twice: name it once")
@@ -133,19 +136,22 @@ def sha256_of_questions(asked):
 
 def retrieve(ids, question, k, tokenizer):
     """RAG: from a context with its question only the nearest k sentences, and the question."""
-    end = len(ids) - len(tokenizer.encode(f" {question.text}"))
-    sentences = split_sentences(tokenizer.decode(ids[:end].tolist()))
-    nearest = nearest_sentences(sentences, question.text, k)
+    context = tokenizer.decode(ids.tolist()).removesuffix(f" {question.text}")
+    nearest = nearest_sentences(split_sentences(context), question.text, k)
     return np.array(tokenizer.encode("".join(f" {text}" for text in (*nearest, question.text))))
 
 
 def prompts(config, length, asked, run):
-    """Each Question and the token ids that the run reads."""
+    """The token ids that the run reads for each Question."""
     rng = np.random.default_rng([config.seed, *length.encode()])
     hidden_in = 0 if config.babilong_dir else parse_length(length)  # records have their own text
     for question in asked:
-        ids = hide_question(question, hidden_in, run.haystack, run.tokenizer, rng)
-        yield question, retrieve(ids, question, config.rag, run.tokenizer) if config.rag else ids
+        ids = hide_question(question, hidden_in, run.haystack, run.counter, rng)
+        if run.counter is not run.tokenizer:
+            in_bytes = run.counter.decode_bytes(ids.tolist())
+            text = in_bytes.decode(errors="ignore")  # its first letter may be cut in half
+            ids = np.array(run.tokenizer.encode(text), dtype=np.int32)
+        yield retrieve(ids, question, config.rag, run.tokenizer) if config.rag else ids
 
 
 # --- Answers
@@ -154,30 +160,44 @@ class Run(NamedTuple):
     """A trained model, and what belongs to it."""
     model: torch.nn.Module
     tokenizer: object
-    haystack: Haystack  # text that training never saw
-    about: dict         # columns of results.csv
+    counter: object            # the tokenizer whose tokens lengths are counted in
+    haystack: Haystack | None  # None for records, which have their own text
+    about: dict                # columns of results.csv
 
 
-@torch.no_grad()
-def sharpen_gates(model, factor):
+def make_counter(config, tokenizer):
+    """The tokenizer that counts the lengths for a run with a tokenizer. Raises ValueError."""
+    if config.count == "own":
+        return tokenizer
+    try:
+        return GPT2Tokenizer()
+    except ValueError:
+        raise ValueError(
+            "count=gpt2 needs GPT-2's tokenizer, which cannot be downloaded: go online once, set "
+            "TIKTOKEN_CACHE_DIR to a folder that has its files, or use --count=own") from None
+
+
+def text_around(config, corpus, sha256):
     """
-    Multiply the logits of the input and forget gates (Eq. 4-5). A number of the bank that keeps
-    99.9% a segment, enough for the few dozen segments of training, keeps 14% over the two thousand
-    of 128k tokens; with twice the logit it keeps 99.9999% a segment, 99.8% over all.
+    The text to hide facts in: all of --corpus, or what training never saw of a run's own corpus,
+    which had this sha256 -> text, sha256 of the whole corpus; "", "" for records, which have their
+    own text. Raises ValueError, OSError.
     """
-    for bank in (block.memory for block in model.blocks if block.memory):
-        for p in (*bank.w_in.parameters(), *bank.w_forget.parameters()):
-            p.mul_(factor)
+    if config.babilong_dir:
+        return "", ""
+    if config.corpus:
+        found = read_text(config.corpus)
+        return found.text, found.sha256
+    found = read_text(corpus)
+    if found.sha256 != sha256:
+        raise ValueError("this text is not the one of its training: "
+                         "bring that one back, name another --corpus, or train again")
+    return split(found.text)[1], sha256
 
 
 def load_run(folder, config, device):
     """The Run of a folder. Raises ValueError, OSError where it cannot be evaluated."""
     model, tokenizer, saved = checkpoint.load(folder, device)
-    if config.gate_sharpness != 1:
-        if model.config.memory != "lm2":
-            raise ValueError(f"{folder} has memory={model.config.memory}, which has no gates: "
-                             f"leave out --gate_sharpness={config.gate_sharpness:g}")
-        sharpen_gates(model, config.gate_sharpness)
     try:
         train, sha256 = saved["train"], saved["data"]["sha256"]
         dataset, corpus, tasks = (str(train[name]) for name in ("dataset", "corpus", "tasks"))
@@ -186,14 +206,18 @@ def load_run(folder, config, device):
                          "copy the whole folder again") from None
     if dataset != "babilong":
         raise ValueError(f"{folder} was trained on {dataset}: train it with --dataset=babilong")
-    found = read_text(corpus)
-    if found.sha256 != sha256:
-        raise ValueError(f"the text {corpus} is not the one that {folder} was trained on: "
-                         "bring that one back, or train again")
+    counter = make_counter(config, tokenizer)
+    try:
+        text, corpus_sha256 = text_around(config, corpus, sha256)
+        check_text(tokenizer, " ".join(text.split()))  # whitespace becomes spaces in a Haystack
+        haystack = Haystack(text, counter) if text else None
+    except (ValueError, OSError) as e:
+        raise ValueError(f"corpus={config.corpus or corpus} for {folder}: {e}") from None
     about = {"run": folder_name(folder), "checkpoint_sha256": sha256_of(Path(folder) / "best.pt"),
-             "corpus_sha256": sha256, "parameters": sum(p.numel() for p in model.parameters()),
-             "trained_on": tasks}
-    return Run(model, tokenizer, Haystack(split(found.text)[1], tokenizer), about)
+             "corpus": config.corpus and folder_name(config.corpus),
+             "corpus_sha256": corpus_sha256,
+             "parameters": sum(p.numel() for p in model.parameters()), "trained_on": tasks}
+    return Run(model, tokenizer, counter, haystack, about)
 
 
 def answer_to(ids, run):
@@ -208,26 +232,27 @@ def answer_to(ids, run):
 
 
 def batches(prompts, batch_size):
-    """Prompts of equal length are read together -> lists of at most batch_size (Question, ids)."""
+    """Prompts of equal length are read together -> lists of at most batch_size (number, ids)."""
     waiting = defaultdict(list)
-    for question, ids in prompts:
+    for number, ids in enumerate(prompts):
         batch = waiting[len(ids)]
-        batch.append((question, ids))
+        batch.append((number, ids))
         if len(batch) == batch_size:
             yield waiting.pop(len(ids))
     yield from waiting.values()
 
 
 def evaluate(config, length, task, asked, run, bar):
-    """Ask a run all Questions of a task -> the number of right answers."""
-    right, device = 0, next(run.model.parameters()).device
+    """Ask a run all Questions of a task -> "0110", in their order: 1 where it answers right."""
+    answers, device = ["0"] * len(asked), next(run.model.parameters()).device
     for batch in batches(prompts(config, length, asked, run), config.batch_size):
         ids = torch.from_numpy(np.stack([ids for _, ids in batch]).astype(np.int64)).to(device)
-        for (question, _), text in zip(batch, answer_to(ids, run)):
+        for (number, _), text in zip(batch, answer_to(ids, run)):
+            question = asked[number]
             if is_correct(text, question.answer, question.text, LABELS[task]):
-                right += 1
+                answers[number] = "1"
             bar.update()
-    return right
+    return "".join(answers)
 
 
 # --- The program
@@ -243,7 +268,7 @@ def choose_dtype(config, device, rows):
 def key_of(config, run, dtype, length, task, asked):
     """The key of a result, see lib/results.py: who answers, how, and which questions."""
     about = {name: value for name, value in run.about.items() if name in results.KEY}
-    return about | {"rag": config.rag, "gate_sharpness": config.gate_sharpness, "dtype": dtype,
+    return about | {"rag": config.rag, "count": config.count, "dtype": dtype,
                     "source": config.source, "seed": config.seed, "length": length, "task": task,
                     "questions_sha256": sha256_of_questions(asked), "n": len(asked)}
 
@@ -305,9 +330,10 @@ def main():
                     bar.set_postfix_str(f"{run.about['run']} {length} {task}")
                     asked = questions(config, task, length)
                     with autocast(dtype, device):
-                        right = evaluate(config, length, task, asked, run, bar)
+                        answers = evaluate(config, length, task, asked, run, bar)
                     key = key_of(config, run, dtype, length, task, asked)
-                    found = {"right": right, "accuracy": right / len(asked)}
+                    right = answers.count("1")
+                    found = {"right": right, "answers": answers, "accuracy": right / len(asked)}
                     results.add(store, run.about | key | found | origin(device))
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)

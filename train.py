@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data.curriculum import open_stories, right_answers
 from data.files import write_json
+from data.pairs import open_pairs
 from data.text import check_length, digest, open_text
 from lib import checkpoint, run
 from lib.config import at_least, below, parse, user_errors
@@ -36,12 +37,13 @@ from lm2 import LM2Config
 @dataclass
 class TrainConfig(LM2Config):
     # data
-    dataset: str = "shakespeare"  # shakespeare, a text file, a folder of .txt files, or babilong
+    dataset: str = "shakespeare"  # shakespeare, a .txt file or a folder of them, babilong, pairs
     tokenizer: str = "char"       # char, bpe or gpt2
     vocab_size: int = 1024        # tokens of the bpe tokenizer; char and gpt2 bring their own
     tasks: str = "qa1"            # babilong: the tasks, all in every batch, as in qa1,qa2
-    lengths: str = "0k,256,512"   # babilong: lengths in tokens, one after the other; 0k: no text
-    rehearse: float = 0.3         # babilong: share of the steps at any length reached so far
+    lengths: str = "0k,256,512"   # babilong: in tokens; 0k: no text; 128k/2k: 2k that count as 128k
+    pairs: str = "2,4,8,16,50"    # pairs: numbers of key-value pairs, one after the other
+    rehearse: float = 0.3         # babilong, pairs: share of the steps at any stage reached so far
     corpus: str = "shakespeare"   # babilong: the text around the facts, as for dataset
     # optimization
     n_segments: int = 4           # segments in a training sequence: how far gradients flow
@@ -60,7 +62,7 @@ class TrainConfig(LM2Config):
     # evaluation
     eval_interval: int = 500      # steps between evaluations, each with a checkpoint
     eval_iters: int = 40          # batches in an evaluation of a split
-    advance_at: float = 0.95      # babilong: accuracy at a length that moves on to the next one
+    advance_at: float = 0.95      # babilong, pairs: accuracy that moves on to the next stage
     # machine
     device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
     dtype: str = "auto"           # of the matmuls: auto (the faster), float32 or bfloat16
@@ -86,7 +88,7 @@ class TrainConfig(LM2Config):
             value = getattr(self, name)
             if not value.strip():
                 raise ValueError(f"{name} is empty: name shakespeare or a text file")
-            if value not in ("shakespeare", "babilong"):
+            if value not in ("shakespeare", "babilong", "pairs"):
                 setattr(self, name, str(Path(value).resolve()))
         if not self.out_dir.strip():
             raise ValueError("out_dir is empty: name a folder, or leave it out")
@@ -103,8 +105,8 @@ def open_data(config, tokenizer=None):
     The data set of a run (a data.dataset.Dataset), with the tokenizer of a run that goes on.
     Raises ValueError or OSError, one line that says what to do.
     """
-    if config.dataset == "babilong":
-        return open_stories(config, tokenizer)
+    if config.dataset in ("babilong", "pairs"):
+        return (open_stories if config.dataset == "babilong" else open_pairs)(config, tokenizer)
     text = open_text(config.dataset, config.tokenizer, config.vocab_size, tokenizer)
     check_length(text, config.n_segments * config.block_size)
     return text
@@ -193,13 +195,11 @@ def evaluate(model, data, config, device, stop):
             answers = right_answers(logits.argmax(-1).cpu(), batch.y)
             for task, answers_of_row in zip(batch.tasks, answers):
                 right[task] += answers_of_row
+                if batch.column == "val_loss":
+                    right["accuracy"] += answers_of_row
     model.train()
     figures = {column: nats[column] / targets[column] for column in nats}
-    if right:
-        total = sum(len(answers) for answers in right.values())
-        figures["accuracy"] = sum(sum(answers) for answers in right.values()) / total
-        figures |= {task: sum(answers) / len(answers) for task, answers in right.items() if answers}
-    return figures
+    return figures | {name: sum(found) / len(found) for name, found in right.items() if found}
 
 
 @user_errors(OSError)
@@ -226,7 +226,7 @@ def main():
     model = torch.compile(raw_model) if config.compile else raw_model
     if world > 1:
         # with one segment, or a short story, nothing reads what was written: no gradient there
-        short = config.n_segments == 1 or config.dataset == "babilong"
+        short = config.n_segments == 1 or config.dataset in ("babilong", "pairs")
         model = DistributedDataParallel(
             model, find_unused_parameters=bool(config.n_banks) and short)
     if master:

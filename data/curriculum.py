@@ -38,6 +38,29 @@ LESSONS = 400      # stories of each task that the tokenizer sees
 BARE_TOKENS = 256  # of a bare story in training, at most: the rest of it is left out
 
 
+# --- A curriculum of stages: lengths of text here, numbers of pairs in data/pairs.py
+
+def stage_of_batch(progress, config, rng):
+    """The stage a batch is of: the current one, in a share of the batches any one up to it."""
+    stage, _ = progress
+    return int(rng.integers(stage + 1)) if rng.random() < config.rehearse else stage
+
+
+def moved_on(progress, n_stages, step, accuracy, config):
+    """
+    The progress after an evaluation, [index of the stage, step in which it began]: at the next
+    stage if this one is learned (accuracy of advance_at), or if half of the steps that were left
+    when it began are spent.
+    """
+    stage, began = progress
+    learned = accuracy >= config.advance_at
+    spent = 2 * (step - began) >= config.max_iters - began
+    is_time = stage + 1 < n_stages and step > began and (learned or spent)
+    return [stage + 1, step] if is_time else progress
+
+
+# --- Lengths
+
 class Length(NamedTuple):
     """A length of the curriculum."""
     tokens: int   # of a story and the text around it; 0: bare stories
@@ -61,6 +84,8 @@ def parse_course(text):
         lengths.append(length)
     return lengths
 
+
+# --- Batches
 
 def training_row(tasks, limit, tokenizer, rng, asking):
     """
@@ -136,6 +161,8 @@ def dilation(told, n_tokens, T):
     return torch.where(full, 1.0, of_empty.clamp(min=1.0))
 
 
+# --- The data set
+
 class Stories:
     """Stories as train.py sees them: a Dataset of data/dataset.py."""
     last_is_best = True  # no story comes twice, so nothing is overfitted
@@ -168,11 +195,8 @@ class Stories:
         how often each segment counts (rows, S), None where each does once.
         """
         rng = np.random.default_rng([config.seed, step])
-        stage, _ = self.progress
-        if rng.random() < config.rehearse:
-            stage = int(rng.integers(stage + 1))
+        length = self.lengths[stage_of_batch(self.progress, config, rng)]
         asking = "all" if rng.random() < RECALL else "along"
-        length = self.lengths[stage]
         return self.draw(self.train, length, config, config.seed, step, part, asking)[:3]
 
     def evaluation_batches(self, config):
@@ -199,15 +223,8 @@ class Stories:
                 f"accuracy {row['accuracy']:.3f} ({tasks})")
 
     def advance(self, step, row, config):
-        """
-        Move on to the next length if this one is learned (accuracy of advance_at), or if half of
-        the steps that were left when it began are spent.
-        """
-        stage, began = self.progress
-        learned = row["accuracy"] >= config.advance_at
-        spent = 2 * (step - began) >= config.max_iters - began
-        if stage + 1 < len(self.lengths) and step > began and (learned or spent):
-            self.progress = [stage + 1, step]
+        n_stages = len(self.lengths)
+        self.progress = moved_on(self.progress, n_stages, step, row["accuracy"], config)
 
     def example(self, model, device):
         """A story, its question and the model's answer."""

@@ -2,11 +2,14 @@
 What eval_babilong.py found: kept in results.csv, shown as tables and a plot.
 
 results.csv has a row for each run, length and task. Its first columns, KEY, say what a row is of:
-which weights answered, how, and which questions. Rows are added, and never dropped.
+which weights answered, how, and which questions. Rows are added, and never dropped. The column
+`answers` has a character for each question, in the order in which they are made: 1 right, 0 wrong.
+Rows of the same questions_sha256 can be compared question by question.
 """
 import csv
 import io
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +27,12 @@ PAPER = Path(__file__).parents[1] / "data" / "paper_babilong.csv"  # of arXiv 25
 
 # --- results.csv
 
-SUBJECT = {"run": str, "checkpoint_sha256": str, "rag": int, "gate_sharpness": float, "dtype": str}
+SUBJECT = {"run": str, "checkpoint_sha256": str, "rag": int, "count": str, "corpus": str,
+           "corpus_sha256": str, "dtype": str}
 ASKED = {"source": str, "seed": int, "length": str, "task": str, "questions_sha256": str, "n": int}
 KEY = SUBJECT | ASKED
-FOUND = {"right": int, "accuracy": float, "corpus_sha256": str, "parameters": int,
-         "trained_on": str, "commit": str, "torch": str, "device": str}
+FOUND = {"right": int, "answers": str, "accuracy": float, "parameters": int, "trained_on": str,
+         "commit": str, "torch": str, "device": str}
 COLUMNS = KEY | FOUND
 
 
@@ -38,8 +42,10 @@ def parse_row(cells):
         raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
     row = {name: kind(cell) for (name, kind), cell in zip(COLUMNS.items(), cells)}
     parse_length(row["length"])
-    if not 0 <= row["right"] <= row["n"] or row["n"] == 0:
-        raise ValueError(f"{row['right']} right answers to {row['n']} questions")
+    answers = row["answers"]
+    counts = len(answers), answers.count("1")
+    if not re.fullmatch("[01]+", answers) or counts != (row["n"], row["right"]):
+        raise ValueError(f"answers are not {row['right']} right ones of {row['n']}")
     if row["accuracy"] != row["right"] / row["n"]:
         raise ValueError(f"accuracy {row['accuracy']} is not {row['right']} of {row['n']}")
     return row
@@ -50,6 +56,7 @@ def load(path):
     if not Path(path).exists():
         return []
     text = read_utf8(path)
+    csv.field_size_limit(1 << 30)  # a cell has the answers to any number of questions
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         if next(reader, None) != list(COLUMNS):
@@ -93,8 +100,10 @@ def title(row):
     name = Path(row["run"]).name
     if row["rag"]:
         name += f" + RAG ({row['rag']} sentences)"
-    if row["gate_sharpness"] != 1:
-        name += f" + gates x {row['gate_sharpness']:g}"
+    if row["corpus"]:
+        name += f" in {Path(row['corpus']).name}"
+    if row["count"] == "gpt2":
+        name += ", GPT-2's tokens"
     return name
 
 
@@ -108,10 +117,10 @@ def names(rows):
     for key, row in subjects.items():
         twins = [other for other in subjects.values() if title(other) == title(row)]
         details = []
-        for column in ("run", "checkpoint_sha256", "dtype"):
+        for column in ("run", "checkpoint_sha256", "dtype", "corpus", "corpus_sha256"):
             alike = [other for other in twins if other[column] == row[column]]
             if len(alike) < len(twins):
-                details.append(row[column][:8] if column == "checkpoint_sha256" else row[column])
+                details.append(row[column][:8] if "sha256" in column else row[column])
             twins = alike
         found[key] = title(row) + (f" ({', '.join(details)})" if details else "")
     return found

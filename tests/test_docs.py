@@ -16,17 +16,14 @@ from conftest import REPO, Checkout
 from torch.distributed.run import get_args_parser
 
 import data.babi
-from docs import babilong_table, tables
+from lib import experiment, tables
 from lib.config import load_preset, parse
 
 PAGES = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8")
          for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
 README = PAGES["README.md"]
 CONFIGS = {"train.py": "TrainConfig", "sample.py": "SampleConfig", "bench.py": "BenchConfig",
-           "eval_babilong.py": "EvalConfig"}
-ARGUMENTS = {"docs/babilong_table.py": [[name] for name in babilong_table.SEEDS],
-             "docs/tables.py": [[], ["--write"]], "docs/figures.py": [[]],
-             "docs/shakespeare_table.py": [[]]}
+           "eval_babilong.py": "EvalConfig", "compare.py": "CompareConfig"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -78,8 +75,10 @@ def check_flags(program, args):
     """Parse the arguments of a program of the top level. Raises SystemExit where they are wrong."""
     config = getattr(importlib.import_module(program.removesuffix(".py")), CONFIGS[program])
     try:
-        with chdir(REPO):  # presets are named from there
-            parse(config, "", args)
+        with chdir(REPO):  # presets and experiments are named from there
+            parsed, _ = parse(config, "", args)
+            for path in getattr(parsed, "experiments", []):
+                experiment.load(path)
     except SystemExit as e:
         if e.code or "--help" not in args:
             raise
@@ -119,8 +118,6 @@ def check(words, monkeypatch):
         check_story(words[3:], monkeypatch)
     elif words[:3] == ["python", "-m", "pytest"]:
         check_pytest(words[3:])
-    elif program == "python" and args[0] in ARGUMENTS:
-        assert args[1:] in ARGUMENTS[args[0]] and (REPO / args[0]).exists()
     elif program == "python":
         assert args[0] in CONFIGS, f"{args[0]} is no program"
         check_flags(args[0], args[1:])
@@ -138,8 +135,7 @@ def test_every_command_can_be_called_as_printed(command, monkeypatch):
 
 def test_commands_are_found_wherever_they_stand():
     programs = {word for _, text in COMMANDS for words in parts_of(text) for word in words}
-    assert programs >= {*CONFIGS, "torchrun", "data.babi", "pytest", "docs/tables.py",
-                        "docs/babilong_table.py", "docs/figures.py", "docs/shakespeare_table.py"}
+    assert programs >= {*CONFIGS, "torchrun", "data.babi", "pytest"}
     # a line that calls a program, and is not among them, would be printed and never checked
     for page, text in PAGES.items():
         texts = {command.text for command in commands(page, text)}
@@ -156,7 +152,8 @@ def test_commands_are_found_wherever_they_stand():
     ("OMP_NUM_THREADS=1 python eval_babilong.py --tasks=qa1", "runs is empty"),
     ("python bench.py && python bench.py --parts=nothing", "part nothing"),
     ("python -m data.babi --task=qa99", "qa99"),
-    ("python walk.py", "walk.py"), ("python docs/tables.py --wrote", ""),
+    ("python walk.py", "walk.py"), ("python compare.py --wrote", "wrote"),
+    ("python compare.py experiments/none.toml", "experiments/none.toml"),
     ("python -m pytest tests/test_none.py", "test_none.py"),
     ("python -m pytest tests/test_house.py -k nosuchtest", "nosuchtest"),
     ("pip install -r none.txt", "")])
@@ -170,7 +167,7 @@ def test_a_command_that_cannot_be_called_is_noticed(line, wrong, monkeypatch, ca
 
 
 def test_every_flag_that_is_named_is_a_flag_of_a_program():
-    known = {f"--{option}" for option in ("help", "config", "write", "task")}
+    known = {f"--{option}" for option in ("help", "config", "task")}
     for program, name in CONFIGS.items():
         config = getattr(importlib.import_module(program.removesuffix(".py")), name)
         known |= {f"--{field}" for field in config.__dataclass_fields__}
@@ -235,7 +232,7 @@ def test_every_link_leads_somewhere(page):
 
 
 def test_dead_links_are_noticed():
-    alive = "[a](#two-words-a-b) [b](tables.py) [c](../lm2.py) [d](results.md#shakespeare)"
+    alive = "[a](#two-words-a-b) [b](course.md) [c](../lm2.py) [d](results.md#shakespeare)"
     dead = ["#two-words", "none.md", "results.md#none", "../..", "../../actions/workflows/no.yml"]
     text = f"# Two `words`: a-b\n{alive}\n" + "\n".join(f"![x]({link})" for link in dead)
     assert dead_links("docs/page.md", text) == dead
@@ -275,7 +272,7 @@ def test_crooked_rows_are_noticed():
 
 @each_page
 def test_tables_are_those_of_results(page):
-    assert tables.rendered(PAGES[page]) == PAGES[page], "call python docs/tables.py --write"
+    assert tables.rendered(PAGES[page]) == PAGES[page], "call python compare.py --write"
 
 
 def test_the_pages_with_results_have_their_tables():

@@ -1,22 +1,24 @@
 """eval_babilong.py and lib/results.py: answers, scores, results that nobody loses, tables."""
-import copy
 import csv
 import errno
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
-from conftest import SMALL, TEXT
+from conftest import SMALL, TEXT, is_one_line
 
 import eval_babilong
 from data import files
 from data.babi import format_story, simulate
-from data.babilong import Haystack, Question, hide_question
+from data.babilong import Haystack, Question, hide_question, split_sentences
 from data.curriculum import tokenizer_text
 from data.text import split
 from data.tokenizer import make_tokenizer
@@ -30,12 +32,10 @@ from eval_babilong import (
     prompts,
     questions,
     retrieve,
-    sharpen_gates,
 )
 from lib import results
 from lib.origin import origin
 from lib.results import TableLine, average, make_tables, markdown, names, plot
-from lm2 import LM2, LM2Config
 
 TOKENIZER = make_tokenizer("char", tokenizer_text(TEXT), 0)
 HAYSTACK = Haystack(TEXT, TOKENIZER)
@@ -64,7 +64,29 @@ class Bar:
 
 
 def scribe(answer):
-    return Run(Scribe(answer), TOKENIZER, HAYSTACK, {})
+    return Run(Scribe(answer), TOKENIZER, TOKENIZER, HAYSTACK, {})
+
+
+class BytePairs:
+    """In GPT-2's place: a token is two bytes of a word, and may end inside a character."""
+    kind = "gpt2"
+
+    def __init__(self):
+        self.tokens = []
+
+    def encode(self, text):
+        words = [word.encode() for word in re.findall(" ?[^ ]*", text)]
+        pairs = [word[i:i + 2] for word in words for i in range(0, len(word), 2)]
+        self.tokens += dict.fromkeys(pair for pair in pairs if pair not in self.tokens)
+        return [self.tokens.index(pair) for pair in pairs]
+
+    def decode_bytes(self, ids):
+        return b"".join(self.tokens[i] for i in ids)
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    monkeypatch.setattr(eval_babilong, "GPT2Tokenizer", BytePairs)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +116,7 @@ def answer(call, out_dir, monkeypatch):
 
         def stub(config, length, task, its_questions, run, bar):
             asked.append((run.about["run"], length, task, len(its_questions)))
-            return 1
+            return "1".ljust(len(its_questions), "0")
 
         monkeypatch.setattr(eval_babilong, "evaluate", stub)
         code, out, err = call("eval_babilong.py", *args, *ON_CPU, f"--out_dir={out_dir}")
@@ -144,21 +166,25 @@ def test_answers_end_at_the_first_full_stop():
 
 
 @pytest.mark.parametrize("length", ["0k", "1k"])
-def test_every_question_is_asked_once_and_the_right_answers_are_counted(length):
+def test_every_question_is_asked_once_and_its_answer_marked_at_its_place(length):
     config = EvalConfig(runs=["x"], n_samples=20, batch_size=3)
     asked = questions(config, "qa1", length)
     known = {asked[0].text: asked[0].answer}
     run = scribe(lambda text: next((a for q, a in known.items() if text.endswith(q)), "nowhere"))
-    right = evaluate(config, length, "qa1", asked, run, Bar())
-    assert right == sum(known.get(question.text) == question.answer for question in asked) >= 1
-    ends = sorted(text[text.rindex("Where"):] for text in run.model.texts)
-    assert ends == sorted(question.text for question in asked)
+    answers = evaluate(config, length, "qa1", asked, run, Bar())
+    right = [known.get(question.text) == question.answer for question in asked]
+    assert answers == "".join("1" if is_right else "0" for is_right in right)
+    assert any(right) and not all(right)
+    read = [text[text.rindex("Where"):] for text in run.model.texts]
+    expected = [question.text for question in asked]
+    assert sorted(read) == sorted(expected)
+    assert length != "0k" or read != expected, "what is read together is not asked in a row"
     assert all(length == "0k" or len(text) == 1000 for text in run.model.texts)
 
 
 def test_prompts_of_equal_length_are_read_together():
-    numbered = [(n, np.zeros(length)) for n, length in enumerate([3, 5, 3, 3, 5, 7])]
-    found = [[n for n, _ in batch] for batch in batches(numbered, 2)]
+    prompts = [np.zeros(length) for length in (3, 5, 3, 3, 5, 7)]
+    found = [[n for n, _ in batch] for batch in batches(prompts, 2)]
     assert found == [[0, 2], [1, 4], [3], [5]]
 
 
@@ -180,6 +206,65 @@ def test_facts_are_hidden_in_text_that_training_never_saw(checkout, run, monkeyp
     assert text.split() == split(TEXT)[1].split()
 
 
+def test_another_text_is_used_whole_whatever_became_of_that_of_the_run(checkout, run, monkeypatch):
+    other = copy_run(checkout, run, "out/text-lost")
+    change_text(checkout.folder / other)
+    monkeypatch.chdir(checkout.folder)
+    Path("books").mkdir()
+    Path("books/b.txt").write_text("It goes\ton.\r\n")
+    Path("books/a.txt").write_text("A\u00a0small book.")
+    for corpus, expected in (("play.txt", TEXT), ("books", "A small book. It goes on.")):
+        found = load_run(other, EvalConfig(runs=[other], corpus=corpus), "cpu")
+        text = found.tokenizer.decode(found.haystack.ids.tolist())
+        assert text.split() == expected.split()
+    write_record(Path("own-text"))
+    load_run(other, EvalConfig(runs=[other], babilong_dir="own-text"), "cpu")
+
+
+def read_by(run, length="500", **changes):
+    """Questions, and as text what a Run reads for them in as many of GPT-2's tokens."""
+    config = EvalConfig(runs=["x"], n_samples=9, **changes)
+    asked = questions(config, "qa1", length)
+    read = [run.tokenizer.decode(ids.tolist()) for ids in prompts(config, length, asked, run)]
+    return asked, read
+
+
+def test_texts_counted_in_gpt2s_tokens_are_like_those_in_the_runs_own(
+        checkout, run, monkeypatch, gpt2):
+    monkeypatch.chdir(checkout.folder)
+    config = EvalConfig(runs=[run], count="gpt2", corpus="play.txt")
+    found = load_run(run, config, "cpu")
+    around = " " + " ".join([*TEXT.split()] * 2)
+    for question, text in zip(*read_by(found), strict=True):
+        assert len(BytePairs().encode(text)) == 500
+        sentences = split_sentences(text)
+        assert "".join(f" {sentence}" for sentence in sentences).endswith(text)
+        hidden = (*question.context, question.text)
+        assert [s for s in sentences if s in hidden] == list(hidden)
+        assert "".join(f" {s}" for s in sentences if s not in hidden).strip() in around
+    for question, text in zip(*read_by(found, rag=1), strict=True):
+        assert len(split_sentences(text)) == 2 and text.endswith(f" {question.text}")
+    _, bare = read_by(found, "0k")
+    assert bare == read_by(scribe(str), "0k")[1], "a bare story needs no count"
+
+
+def test_under_one_count_runs_of_any_tokenizer_read_the_same():
+    counter = BytePairs()
+    haystack = Haystack(TEXT, counter)
+    tokenizers = TOKENIZER, make_tokenizer("bpe", TEXT, 300)
+    texts = [read_by(Run(None, tokenizer, counter, haystack, {})) for tokenizer in tokenizers]
+    assert texts[0] == texts[1]
+
+
+def test_a_character_that_the_count_cuts_in_half_is_left_out():
+    tokenizer, counter = make_tokenizer("char", "äöü. Where is he?", 0), BytePairs()
+    run = Run(None, tokenizer, counter, Haystack("äöüäöüäöüäö.", counter), {})
+    question = Question((), "Where is he?", "here")
+    for length in range(10, 20):
+        ids, = prompts(EvalConfig(runs=["x"]), str(length), [question], run)
+        assert tokenizer.decode(ids.tolist()).strip(" äöü.") == "Where is he?"
+
+
 def test_rag_keeps_the_nearest_sentences_in_order_and_the_question():
     facts = ("Mary went back to the old office there.", "John took the milk.",
              "Mary moved to the garden.")
@@ -197,7 +282,7 @@ def test_a_record_is_read_with_its_own_text_and_a_story_in_ours(tmp_path):
     def prompt(**changes):
         config = EvalConfig(runs=["x"], n_samples=1, **changes)
         asked = questions(config, "qa1", "1k")
-        (_, ids), = prompts(config, "1k", asked, scribe(str))
+        ids, = prompts(config, "1k", asked, scribe(str))
         return TOKENIZER.decode(ids.tolist())
 
     assert prompt(**record) == " Mary went to the garden. The loud play. Where is Mary?"
@@ -226,6 +311,8 @@ def test_an_evaluation_writes_a_table_a_row_for_each_cell_and_a_picture(call, ru
         assert (row["run"], row["source"], row["seed"], row["n"]) == (run, "simulated", "1337", "3")
         for what in ("checkpoint", "questions", "corpus"):
             assert len(row[f"{what}_sha256"]) == 64
+        assert (row["corpus"], row["count"]) == ("", "own")
+        assert len(row["answers"]) == 3 and row["answers"].count("1") == int(row["right"])
         assert float(row["accuracy"]) == int(row["right"]) / 3
         assert row["commit"] and row["torch"] and row["trained_on"] == "qa1"
         assert row["device"] == "cpu" and row["dtype"] == "float32" and int(row["parameters"]) > 0
@@ -241,7 +328,7 @@ def test_after_ctrl_c_the_same_command_goes_on(call, run, out_dir, monkeypatch):
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append((length, task))
-        return 1
+        return "10"
 
     monkeypatch.setattr(eval_babilong, "evaluate", evaluate_three)
     code, out, err = call(*command)
@@ -249,7 +336,7 @@ def test_after_ctrl_c_the_same_command_goes_on(call, run, out_dir, monkeypatch):
     assert "Traceback" not in err
     assert [(row["length"], row["task"]) for row in rows_in(out_dir)] == asked
     monkeypatch.setattr(eval_babilong, "evaluate",
-                        lambda config, length, task, *more: asked.append((length, task)) or 1)
+                        lambda config, length, task, *more: asked.append((length, task)) or "10")
     code, out, err = call(*command)
     assert code == 0, err
     assert len(asked) == len(set(asked)) == len(rows_in(out_dir)) == 4, "and nothing is asked twice"
@@ -287,15 +374,34 @@ def test_a_run_has_one_name_wherever_the_path_begins(checkout, run, answer):
     assert answer(str(checkout.folder / run), *flags)[3] == []
 
 
-def test_what_was_asked_otherwise_is_asked_again_and_has_a_line_of_its_own(run, answer, out_dir):
+def test_what_was_asked_otherwise_is_asked_again_and_has_a_line_of_its_own(
+        checkout, run, answer, out_dir, gpt2):
+    (checkout.folder / "book.txt").write_text("A small book. It ends.")
     flags = [run, "--tasks=qa1", "--lengths=0k"]
-    answer(*flags)
-    assert len(answer(*flags, "--rag=2")[3]) == 1
-    _, out, _, asked = answer(*flags, "--gate_sharpness=2")
-    assert len(asked) == 1
-    for name in ("tiny", "tiny + RAG (2 sentences)", "tiny + gates x 2"):
+    others = ["--rag=2", "--corpus=book.txt", "--count=gpt2"]
+    for more in ([], *([other] for other in others)):
+        _, out, _, asked = answer(*flags, *more)
+        assert len(asked) == 1
+    for name in ("tiny", "tiny + RAG (2 sentences)", "tiny in book.txt", "tiny, GPT-2's tokens"):
         assert f"| {name} |" in out
-    assert len(rows_in(out_dir)) == 3
+    assert len(rows_in(out_dir)) == 4
+
+
+def test_a_corpus_that_changed_is_asked_again_and_has_a_line_of_its_own(
+        checkout, run, answer, out_dir):
+    book = checkout.folder / "changing.txt"
+    book.write_text("A small book. It ends.")
+    flags = [run, "--tasks=qa1", "--lengths=0k,300", "--n_samples=2"]
+    assert len(answer(*flags, "--corpus=changing.txt")[3]) == 2
+    assert answer(*flags, f"--corpus={book}")[3] == [], "the same one, wherever the path begins"
+    book.write_text("Another book. It goes on.")
+    _, out, _, asked = answer(*flags, "--corpus=changing.txt")
+    assert len(asked) == 2
+    first, second = dict.fromkeys(row["corpus_sha256"] for row in rows_in(out_dir))
+    assert second == hashlib.sha256(book.read_bytes()).hexdigest()
+    for sha256 in (first, second):
+        assert out.count(f"| tiny in changing.txt ({sha256[:8]}) |") == 2
+    assert [row["corpus"] for row in rows_in(out_dir)] == ["changing.txt"] * 4
 
 
 def test_other_seeds_and_sources_stay_in_the_file_and_out_of_the_table(
@@ -364,7 +470,7 @@ def test_rows_that_another_evaluation_adds_meanwhile_are_kept(call, run, out_dir
         if task == "qa2":
             other = results.load(out_dir / "results.csv")[0]
             results.add(out_dir / "results.csv", other | {"run": "out/other"})
-        return 1
+        return "1" * len(asked)
 
     monkeypatch.setattr(eval_babilong, "evaluate", evaluate_beside_another)
     code, _, err = call("eval_babilong.py", run, "--tasks=qa1,qa2", "--lengths=0k", *ON_CPU,
@@ -383,8 +489,11 @@ def test_rows_that_another_evaluation_adds_meanwhile_are_kept(call, run, out_dir
     ("extra cell", lambda text: text.replace("cpu\n", "cpu,x\n")),
     ("no number", lambda text: text.replace(",1337,", ",many,")),
     ("no length", lambda text: text.replace(",0k,", ",near,")),
-    ("no questions", lambda text: text.replace(",2,1,0.5,", ",0,0,0.0,")),
-    ("another accuracy", lambda text: text.replace(",2,1,0.5,", ",2,1,0.75,")),
+    ("no questions", lambda text: text.replace(",2,1,10,0.5,", ",0,0,,0.0,")),
+    ("another accuracy", lambda text: text.replace(",2,1,10,0.5,", ",2,1,10,0.75,")),
+    ("an answer too few", lambda text: text.replace(",2,1,10,0.5,", ",2,1,1,0.5,")),
+    ("a right answer too many", lambda text: text.replace(",2,1,10,0.5,", ",2,1,11,0.5,")),
+    ("half an answer", lambda text: text.replace(",2,1,10,0.5,", ",2,1,1?,0.5,")),
     ("open quote", lambda text: text.replace("cpu\n", '"cpu\n')),
     ("not UTF-8", lambda text: text + "\udcff"),
     ("blank line", lambda text: text + "\n"),
@@ -420,7 +529,7 @@ def test_a_full_disk_ends_in_one_line_and_the_store_stays_whole(run, answer, out
 
 def test_an_evaluation_that_goes_on_keeps_its_dtype(call, run, out_dir, monkeypatch):
     asked = []
-    monkeypatch.setattr(eval_babilong, "evaluate", lambda *args: asked.append(args) or 1)
+    monkeypatch.setattr(eval_babilong, "evaluate", lambda *args: asked.append(args) or "1" * 100)
     command = ["eval_babilong.py", run, "--tasks=qa1", "--lengths=0k", "--device=cpu",
                f"--out_dir={out_dir}"]
     for faster in ("float32", "bfloat16"):  # a busy machine times them differently
@@ -452,6 +561,26 @@ def test_a_character_that_a_run_lacks_is_told_before_anything_is_asked(
     assert code == 2 and err.count("\n") == 1 and asked == []
     for word in (run, "qa1", "2k", repr(missing)):
         assert word in err
+
+
+@pytest.mark.parametrize("count", ["own", "gpt2"])
+def test_a_corpus_with_a_character_that_a_run_lacks_is_refused(
+        checkout, run, answer, out_dir, gpt2, count):
+    (checkout.folder / "umlaut.txt").write_text("The loud pläy.")
+    code, _, err, asked = answer(run, "--lengths=0k", "--corpus=umlaut.txt", f"--count={count}")
+    assert is_one_line(code, err, run, "umlaut.txt", "'ä'", "leave it out") and asked == []
+    assert not (out_dir / "results.csv").exists()
+
+
+def test_gpt2s_tokens_without_a_network_are_refused(run, answer, out_dir, monkeypatch):
+    def unreachable(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    code, _, err, asked = answer(run, "--lengths=0k", "--count=gpt2")
+    assert is_one_line(code, err, "count=gpt2", "TIKTOKEN_CACHE_DIR", "--count=own")
+    assert "--tokenizer" not in err, "which this program does not have"
+    assert asked == [] and not (out_dir / "results.csv").exists()
 
 
 @pytest.mark.parametrize("text", ["", "1 Mary went to the garden.\n2 John sat.\n"])
@@ -491,7 +620,7 @@ def change_text(folder):
     (damage_best, "best.pt is damaged"),
     (damage_config, "config.json in out/damage_config is damaged"),
     (train_on_text, "was trained on shakespeare"),
-    (change_text, "is not the one"),
+    (change_text, "not the one of its training"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
 ])
 def test_a_damaged_or_foreign_run_is_refused(checkout, run, answer, damage, message):
@@ -512,8 +641,10 @@ def test_a_damaged_or_foreign_run_is_refused(checkout, run, answer, damage, mess
     (["RUN", "--n_samples=0"], "n_samples=0"),
     (["RUN", "--batch_size=0"], "batch_size=0"),
     (["RUN", "--rag=-1"], "rag=-1"),
-    (["RUN", "--gate_sharpness=0"], "gate_sharpness=0"),
-    (["RUN", "--gate_sharpness=nan"], "gate_sharpness=nan"),
+    (["RUN", "--count=words"], "count=words is not known: use own or gpt2"),
+    (["RUN", "--corpus=nowhere"], "corpus=nowhere"),
+    (["RUN", "--babilong_dir=a", "--corpus=play.txt"], "leave out --corpus"),
+    (["RUN", "--babilong_dir=a", "--count=gpt2"], "leave out --corpus and --count"),
     (["RUN", "RUN"], "named twice"),
     (["RUN", "--tasks=qa1,qa1"], "qa1 twice"),
     (["RUN", "--lengths=1k,1000"], "1000 tokens twice"),
@@ -568,45 +699,13 @@ def test_no_other_program_writes_into_the_default_folder():
     assert Path(EvalConfig(runs=["x"]).out_dir) != Path("out/babilong")  # train.py's for stories
 
 
-# --- Gates
-
-def test_sharper_gates_have_their_logits_times_a_factor():
-    model = LM2(LM2Config(vocab_size=9, n_embd=32))
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.2)
-    sharper = copy.deepcopy(model)
-    sharpen_gates(sharper, 2.0)
-    pairs = zip(model.named_parameters(), sharper.parameters())
-    changed = {name: (p, q) for (name, p), q in pairs if not torch.equal(p, q)}
-    assert {name.split(".")[-2] for name in changed} == {"w_in", "w_forget"}, "and nothing else"
-    assert len(changed) == 4 * len(model.blocks)
-    assert all(torch.equal(2 * p, q) for p, q in changed.values())
-
-
-def test_gate_sharpness_reaches_the_model(checkout, run, monkeypatch):
-    monkeypatch.chdir(checkout.folder)
-    models = [load_run(run, EvalConfig(runs=[run], gate_sharpness=factor), "cpu").model
-              for factor in (1.0, 2.0)]
-    once, twice = (model.blocks[0].memory.w_forget.bias for model in models)
-    assert torch.equal(2 * once, twice)
-
-
-def test_gates_of_a_model_without_memory_are_refused(call):
-    code, _, err = call("train.py", "--dataset=babilong", "--corpus=play.txt", "--tasks=qa1",
-                        "--lengths=0k", *SMALL, "--max_iters=0", "--memory=none",
-                        "--out_dir=out/bare", "--overwrite")
-    assert code == 0, err
-    code, _, err = call("eval_babilong.py", "out/bare", "--gate_sharpness=2",
-                        "--out_dir=out/eval-refused")
-    assert code == 2 and "memory=none" in err and err.count("\n") == 1
-
-
 # --- Tables
 
 def row(name="mine", **changes):
     """A row of results.csv."""
-    found = {"run": f"out/{name}", "checkpoint_sha256": "a" * 64, "rag": 0, "gate_sharpness": 1.0,
-             "dtype": "float32", "length": "0k", "task": "qa1", "n": 10, "right": 9}
+    found = {"run": f"out/{name}", "checkpoint_sha256": "a" * 64, "rag": 0, "count": "own",
+             "corpus": "", "corpus_sha256": "c" * 64, "dtype": "float32", "length": "0k",
+             "task": "qa1", "n": 10, "right": 9}
     return found | changes
 
 
@@ -620,10 +719,16 @@ def test_the_interval_of_an_average_is_that_of_its_tasks():
 def test_names_tell_apart_what_differs():
     rows = [row("lm2"), row("a/rmt"), row("b/rmt"), row("lm2", rag=3),
             row("full"), row("full", checkpoint_sha256="b" * 64),
-            row("half"), row("half", dtype="bfloat16")]
+            row("half"), row("half", dtype="bfloat16"),
+            row("in", corpus="a/book"), row("in", corpus="b/book"),
+            row("old", corpus="play"), row("old", corpus="play", corpus_sha256="d" * 64),
+            row("all", rag=3, corpus="play", count="gpt2")]
     assert list(names(rows).values()) == [
         "lm2", "rmt (out/a/rmt)", "rmt (out/b/rmt)", "lm2 + RAG (3 sentences)",
-        "full (aaaaaaaa)", "full (bbbbbbbb)", "half (float32)", "half (bfloat16)"]
+        "full (aaaaaaaa)", "full (bbbbbbbb)", "half (float32)", "half (bfloat16)",
+        "in in book (a/book)", "in in book (b/book)",
+        "old in play (cccccccc)", "old in play (dddddddd)",
+        "all + RAG (3 sentences) in play, GPT-2's tokens"]
 
 
 def test_the_largest_number_of_questions_up_to_the_wanted_one_counts():
@@ -631,6 +736,22 @@ def test_the_largest_number_of_questions_up_to_the_wanted_one_counts():
     for n_samples, percent in ((4, 100), (50, 25), (100, 60), (1, 60)):
         line, = make_tables(rows, n_samples, paper=False)["0k"]
         assert line.accuracy == {"qa1": percent}
+
+
+@pytest.mark.parametrize("other", [{"corpus": "book.txt"}, {"corpus_sha256": "d" * 64},
+                                   {"count": "gpt2"}])
+def test_answers_in_different_texts_are_not_averaged(other):
+    rows = [row(right=9), row(right=1, **other), row(task="qa2", right=3, **other)]
+    first, second = make_tables(rows, 10, paper=False)["0k"]
+    assert first.accuracy == {"qa1": 90} and second.accuracy == {"qa1": 10, "qa2": 30}
+
+
+def test_the_answers_to_many_questions_are_loaded(tmp_path):
+    found = dict.fromkeys(results.COLUMNS, 1) | {"length": "0k"}
+    found |= {"n": 200_000, "right": 100_000, "answers": "10" * 100_000, "accuracy": 0.5}
+    results.add(tmp_path / "results.csv", found)
+    csv.field_size_limit(1 << 17)  # as in a new process
+    assert results.load(tmp_path / "results.csv")[0]["answers"] == found["answers"]
 
 
 def test_the_papers_rows_stand_beside_ours():

@@ -1,0 +1,352 @@
+"""
+Compare models: train and ask the rows of an experiment, each with several seeds, and make a table.
+
+    python compare.py experiments/qa1.toml             # what is missing is measured
+    python compare.py experiments/qa1.toml --dry_run   # what would be run, and for how long
+    python compare.py experiments/qa1.toml --only="LM2,RMT" --seeds=1,2 --jobs=2
+    python compare.py --write                          # tables of results/ into README.md and docs/
+
+An experiment is a TOML file: rows, seeds, and what is asked (lib/experiment.py shows one). Its
+results go into results/NAME.csv, results/NAME.png and results/NAME_log.csv, run by run; a second
+call does nothing. Runs lie in --out_dir. What is stopped goes on with the same command.
+"""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+from tqdm import tqdm
+
+from data.babilong import parse_length
+from data.files import read_utf8
+from lib import experiment as ex
+from lib import measured, tables
+from lib.config import at_least, parse, user_errors
+from lib.device import pick_device
+from lib.experiment_tables import difference_table, experiment_table
+from lib.figure import plot
+
+TRAINED_PER_SECOND = 4_000  # tokens, of the small models of config/ on one core: to guess times by
+READ_PER_SECOND = 40_000
+POLL = 1.0  # seconds between two looks at the programs that run
+
+
+@dataclass
+class CompareConfig:
+    experiments: list = field(default_factory=list)  # TOML files, such as experiments/qa1.toml
+    # what to run
+    only: str = ""        # rows, as in "LM2,RMT"; what they need is trained as well
+    seeds: str = ""       # as in 1,2; all seeds of the experiment if empty
+    again: bool = False   # measure anew what was measured with other code or flags
+    dry_run: bool = False  # only say what would be run, and for how long
+    jobs: int = 0         # runs at a time; 0: one a core, on a GPU one
+    # files
+    write: bool = False   # put the tables of results/ between their markers in README.md and docs/
+    out_dir: str = "out/compare"  # folder of the runs
+    results_dir: str = "results"  # folder of the CSV files and plots
+
+    def __post_init__(self):
+        at_least(self, 0, "jobs")
+        if not (self.experiments or self.write):
+            raise ValueError("no experiment is named: python compare.py experiments/qa1.toml")
+        for seed in listed(self.seeds):
+            if not seed.isdecimal():
+                raise ValueError(f"seeds={self.seeds} are not whole numbers: use for example 1,2")
+
+
+def listed(text):
+    """The parts of "LM2, RMT"."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+# --- Jobs
+
+class Failed(Exception):
+    """A program ended with an error, which the message repeats."""
+
+
+@dataclass
+class Job:
+    """A row and a seed: its run is to be trained, asked, and recorded."""
+    experiment: ex.Experiment
+    row: ex.Row
+    seed: int
+    keys: list          # what is missing of it, see Experiment.wanted
+    folder: Path        # of its run
+    done: float = 0.0   # the share that is done
+
+    @property
+    def name(self):
+        return f"{self.experiment.name}: {self.row.name}, seed {self.seed}"
+
+    @property
+    def before(self):
+        """Names of the rows whose runs this one needs, to begin or to answer."""
+        names = (self.row.match, self.row.init_from, self.row.run_of)
+        return [] if self.trained else [name for name in names if name]
+
+    @property
+    def trained(self):
+        return ex.is_trained(self.folder)
+
+    @property
+    def questions(self):
+        """[(length, questions of each task)] that are missing."""
+        return list(dict.fromkeys((length, n) for measure, _, length, n in self.keys
+                                  if measure == "accuracy"))
+
+    def seconds(self, known):
+        """
+        Of training and of asking: as long as the row took before, {row: seconds}, or as its tokens
+        let guess.
+        """
+        training = 0
+        if not self.trained and not self.row.run_of:
+            guess = ex.planned_tokens(self.experiment, self.row) / TRAINED_PER_SECOND
+            training = known.get(self.row.name, guess)
+        tokens = sum(n * max(parse_length(length), 100) for measure, _, length, n in self.keys
+                     if measure == "accuracy")
+        return training, tokens / READ_PER_SECOND
+
+
+def find_jobs(experiment, config, rows):
+    """
+    The Jobs of an experiment: what is missing in the rows of its results, and the runs that this
+    needs. Raises ValueError where --only or --seeds name nothing.
+    """
+    only, seeds = listed(config.only), [int(seed) for seed in listed(config.seeds)]
+    names = [row.name for row in experiment.row]
+    for name in only:
+        if name not in names:
+            raise ValueError(f"only={name} is no row of {experiment.name}: use {', '.join(names)}")
+    chosen = [(row, seed) for row in experiment.row for seed in experiment.seeds_of(row)
+              if (not only or row.name in only) and (not seeds or seed in seeds)]
+    if not chosen:
+        raise ValueError(f"seeds={config.seeds} are none of {experiment.name}: use "
+                         f"{', '.join(map(str, experiment.seeds))}")
+    keys = {(row.name, seed): measured.missing(experiment, row, seed, rows, config.again)
+            for row, seed in chosen}
+    jobs = []
+    for row in reversed(experiment.row):  # a row needs rows above it only
+        for seed in sorted({seed for _, seed in keys}, reverse=True):
+            folder = ex.folder_of(experiment, row, seed, config.out_dir)
+            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder)
+            needed = any(row.name in other.before and other.seed == seed for other in jobs)
+            if job.keys or needed and not job.trained:
+                jobs.append(job)
+    return sorted(jobs, key=lambda job: (job.seed, names.index(job.row.name)))
+
+
+# --- Programs
+
+class Programs:
+    """The programs that run now: they are stopped together."""
+
+    def __init__(self, threads):
+        self.threads, self.running, self.stopped = threads, set(), False
+
+    def stop(self):
+        self.stopped = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT)
+
+    def call(self, program, flags, output, watch):
+        """
+        Run a Python program; watch() is called every POLL seconds. Raises Failed, and
+        KeyboardInterrupt where it was stopped.
+        """
+        if self.stopped:
+            raise KeyboardInterrupt
+        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_DISABLE": "1"}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "w", encoding="utf-8") as f:
+            process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
+                                       stderr=f, start_new_session=True)
+        self.running.add(process)
+        while process.poll() is None:
+            time.sleep(POLL)
+            watch()
+        self.running.discard(process)
+        watch()
+        if self.stopped:
+            raise KeyboardInterrupt
+        if process.returncode:
+            lines = read_utf8(output).strip().splitlines() or ["it was killed"]
+            raise Failed(f"{lines[-1]} (all of it: {output})")
+
+
+class Work:
+    """What the threads that work on jobs share."""
+
+    def __init__(self, config, programs, known):
+        self.config, self.programs, self.known = config, programs, known
+        self.failed = {}  # name of a job: why
+        self.saving = threading.Lock()
+        self.folders = defaultdict(threading.Lock)  # two rows may have one run
+
+    def do(self, job):
+        """Train, ask and record. What fails is noted in `failed`."""
+        try:
+            training, asking = job.seconds(self.known)
+            share = training / max(training + asking, 1e-9)
+            self.wait_for_runs(job)
+            with self.folders[job.folder]:
+                if not job.trained:
+                    self.train(job, share)
+                job.done = share
+                self.ask(job, share)
+            with self.saving:
+                if job.keys:
+                    measured.save(job.experiment, job.row, job.seed, job.keys, job.folder,
+                                  self.config.results_dir)
+        except (Failed, OSError, ValueError, LookupError) as e:
+            self.failed[job.name] = str(e)
+        finally:
+            job.done = 1.0
+
+    def code_of(self, job):
+        return ex.code_folder(job.experiment.trained(job.row), self.config.out_dir)
+
+    def wait_for_runs(self, job):
+        """Until the runs that a job needs are there. Raises Failed where one of them failed."""
+        for name in job.before:
+            row = job.experiment.named(name)
+            folder = ex.folder_of(job.experiment, row, job.seed, self.config.out_dir)
+            # its number of parameters is known as soon as it has begun
+            while not (ex.is_trained(folder)
+                       or name == job.row.match and (folder / "ckpt.pt").exists()):
+                if f"{job.experiment.name}: {name}, seed {job.seed}" in self.failed:
+                    raise Failed(f"it needs the run of {name}, which failed")
+                if self.programs.stopped:
+                    raise KeyboardInterrupt
+                time.sleep(POLL)
+
+    def train(self, job, share):
+        """Train the run of a job, or go on with it; the time is noted in times.csv."""
+        flags = ex.train_flags(job.experiment, job.row, job.seed, self.config.out_dir)
+        times = job.folder / "times.csv"
+        job.folder.mkdir(parents=True, exist_ok=True)
+        if "--resume" not in flags:
+            times.unlink(missing_ok=True)
+        before, start = (measured.elapsed(job.folder) or [(0.0, 0)])[-1][0], time.monotonic()
+
+        def watch():
+            step, last = ex.steps(job.folder)
+            with open(times, "a", encoding="utf-8") as f:
+                f.write(f"{before + time.monotonic() - start:.2f},{step}\n")
+            job.done = share * step / last
+
+        output = job.folder.with_name(f"{job.folder.name}.txt")
+        self.programs.call(self.code_of(job) / "train.py", flags, output, watch)
+
+    def ask(self, job, share):
+        """Ask the run of a job what is missing, length by length."""
+        output = job.folder.with_name(f"{job.folder.name}-answers.txt")
+        total = sum(n * parse_length(length) for length, n in job.questions)
+        for length, n in job.questions:
+            flags = ex.ask_flags(job.experiment, job.row, job.folder, length, n)
+            program = self.code_of(job) / "eval_babilong.py"
+            self.programs.call(program, flags, output, lambda: None)
+            job.done += (1 - share) * n * parse_length(length) / max(total, 1)
+
+
+def run_jobs(jobs, config, threads, known):
+    """Run all jobs, config.jobs at a time -> {name of a job: why it failed}"""
+    work = Work(config, Programs(threads), known)
+    weights = [sum(job.seconds(known)) for job in jobs]
+    layout = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
+    with (ThreadPoolExecutor(config.jobs) as pool,
+          tqdm(total=sum(weights), bar_format=layout, disable=not jobs) as bar):
+        futures = [pool.submit(work.do, job) for job in jobs]
+        try:
+            while futures:
+                finished, futures = wait(futures, timeout=POLL, return_when=FIRST_COMPLETED)
+                bar.n = sum(job.done * weight for job, weight in zip(jobs, weights))
+                bar.set_postfix_str("; ".join(job.name for job in jobs if 0 < job.done < 1))
+                for future in finished:
+                    future.result()
+        except KeyboardInterrupt:
+            work.programs.stop()
+            raise
+    return work.failed
+
+
+# --- The program
+
+def known_seconds(rows):
+    """{row: mean seconds of training} of results."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["row"]].append(60 * float(row["minutes"] or 0))
+    return {name: mean(seconds) for name, seconds in found.items() if mean(seconds)}
+
+
+def say_what_would_be_run(jobs, config, known):
+    total = 0
+    for job in jobs:
+        training, asking = job.seconds(known)
+        total += training + asking
+        what = [f"train about {training / 60:.0f} min"] if training else []
+        if job.questions:
+            asked = ", ".join(f"{length} x {n}" for length, n in job.questions)
+            what.append(f"ask {asked}, about {asking / 60:.0f} min")
+        print(f"{job.name}: {'; '.join(what) or 'read its log'} ({job.folder})")
+    hours, minutes = divmod(round(total / 60 / config.jobs), 60)
+    print(f"{len(jobs)} runs, about {hours} h {minutes} min, {config.jobs} at a time")
+
+
+def show(experiment, rows, results_dir):
+    """Print the tables of an experiment, and draw its plot."""
+    if not rows:
+        return
+    current = {row.name: ex.run_id(experiment, row) for row in experiment.row}
+    print(f"\n{experiment.title}\n\n{experiment_table(rows, current)}\n\n"
+          f"{difference_table(rows, current)}")
+    path = Path(results_dir) / f"{experiment.name}.png"
+    plot(rows, path, experiment.title)
+    print(f"\n{path.with_suffix('.csv')}, {path}")
+
+
+def main():
+    config, _ = parse(CompareConfig, __doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    results = Path(config.results_dir)
+    with user_errors():
+        cores = os.cpu_count() or 1
+        config.jobs = config.jobs or (cores if pick_device("auto").type == "cpu" else 1)
+        experiments = [ex.load(path) for path in config.experiments]
+        jobs, known = [], {}
+        for experiment in experiments:
+            rows = measured.read_results(results / f"{experiment.name}.csv")
+            known |= known_seconds(rows)
+            jobs += find_jobs(experiment, config, rows)
+    if config.dry_run:
+        say_what_would_be_run(jobs, config, known)
+        return
+    try:
+        failed = run_jobs(jobs, config, max(1, cores // config.jobs), known)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    with user_errors():
+        for experiment in experiments:
+            rows = measured.read_results(results / f"{experiment.name}.csv")
+            show(experiment, rows, results)
+        if config.write:
+            for path in tables.fill(ex.ROOT):
+                print(f"{path}: tables filled in")
+    for name, reason in failed.items():
+        print(f"error: {name} failed: {reason}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

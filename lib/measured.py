@@ -1,0 +1,159 @@
+"""
+What compare.py measured, as results/NAME.csv and results/NAME_log.csv keep it: a row for each
+figure, with what gave it.
+"""
+import csv
+import io
+import json
+from pathlib import Path
+
+from data.babilong import parse_length, parse_tasks
+from data.files import atomic_open, read_utf8
+from lib import experiment as ex
+from lib.device import pick_device
+from lib.origin import origin
+
+COLUMNS = ("experiment", "row", "seed", "measure", "task", "length", "n", "right", "answers",
+           "value", "parameters", "minutes", "tokens_per_s", "run", "commit", "command", "device",
+           "dtype", "torch")
+
+
+# --- The files
+
+def read_results(path, columns=COLUMNS):
+    """The rows of a CSV file, dicts of text; [] where there is none. Raises ValueError."""
+    if not Path(path).exists():
+        return []
+    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
+    rows = list(reader)
+    whole = all(None not in row and None not in row.values() for row in rows)
+    if tuple(reader.fieldnames or ()) != columns or not whole:
+        raise ValueError(f"{path} has other columns than this program writes, or is damaged: mend "
+                         "it, or move it away")
+    return rows
+
+
+def write_results(path, rows, columns=COLUMNS):
+    """Raises OSError; the file is then as it was."""
+    with atomic_open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def missing(experiment, row, seed, rows, again=False):
+    """
+    The keys of Experiment.wanted that no row of results answers. again: one of other code or flags
+    does not count, either.
+    """
+    run = ex.run_id(experiment, row)
+    found = {(old["measure"], old["task"], old["length"], int(old["n"] or 0)) for old in rows
+             if (old["row"], old["seed"]) == (row.name, str(seed))
+             and (old["run"] == run or not again)}
+    return [key for key in experiment.wanted(row, seed) if key not in found]
+
+
+def merged(experiment, rows, new):
+    """Rows of results with new ones in place of those of the same cell, in the table's order."""
+    def cell(row):
+        return tuple(str(row[name]) for name in ("row", "seed", "measure", "task", "length"))
+
+    replaced = {cell(row) for row in new}
+    names = [row.name for row in experiment.row] + [row["row"] for row in rows]
+    tasks = parse_tasks(experiment.tasks) if experiment.tasks else []
+
+    def place(row):
+        length = parse_length(row["length"]) if row["length"] else -1
+        task = tasks.index(row["task"]) if row["task"] in tasks else len(tasks)
+        return names.index(row["row"]), int(row["seed"]), row["measure"] != "accuracy", length, task
+
+    return sorted([row for row in rows if cell(row) not in replaced] + new, key=place)
+
+
+def save(experiment, row, seed, keys, folder, results_dir):
+    """
+    Put what was measured of a run into NAME.csv, and its evaluations into NAME_log.csv. keys: what
+    was missing. Raises OSError, ValueError.
+    """
+    path = Path(results_dir) / f"{experiment.name}.csv"
+    log_path = path.with_name(f"{experiment.name}_log.csv")
+    new = measured(experiment, row, seed, keys, folder)
+    write_results(path, merged(experiment, read_results(path), new))
+    if row.run_of:
+        return
+    log = [{"row": row.name, "seed": str(seed), **line} for line in evaluations(folder)]
+    columns = tuple(log[0])
+    others = [line for line in read_results(log_path, columns)
+              if (line["row"], line["seed"]) != (row.name, str(seed))]
+    names = [row.name for row in experiment.row] + [line["row"] for line in others]
+    write_results(log_path, sorted(others + log, key=lambda line: (
+        names.index(line["row"]), int(line["seed"]), int(line["step"]))), columns)
+
+
+# --- The figures of a run
+
+def measured(experiment, row, seed, keys, folder):
+    """The rows of results that a trained and asked run gives for keys."""
+    about = json.loads(read_utf8(folder / "config.json"))
+    times, log = elapsed(folder), evaluations(folder)
+    seconds = times[-1][0] if times else 0
+    speed = ex.planned_tokens(experiment, experiment.trained(row)) / seconds if seconds else 0
+    common = {
+        "experiment": experiment.name, "row": row.name, "seed": seed,
+        "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}",
+        "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
+        **origin(pick_device(about["train"]["device"])), "dtype": about["train"]["dtype"],
+        "command": f'python compare.py experiments/{experiment.name}.toml --only="{row.name}"'}
+    answered, rows = answers(row, folder), []
+    for measure, task, length, n in keys:
+        found = {"measure": measure, "task": task, "length": length}
+        if measure == "accuracy":
+            answer = answered[task, length, n]
+            names = ("n", "right", "answers", "commit", "device", "dtype", "torch")
+            found |= {name: answer[name] for name in names}
+            found["value"] = f"{int(answer['right']) / n:.4f}"
+        elif measure in experiment.losses:
+            found["value"] = best(log)[measure]
+        else:
+            found["value"] = reached(experiment, measure, log, times)
+        rows.append(dict.fromkeys(COLUMNS, "") | common | found)
+    return rows
+
+
+def answers(row, folder):
+    """{(task, length, n): row of results.csv} of what eval_babilong.py asked a run for a row."""
+    path = ex.answers_folder(row, folder) / "results.csv"
+    if not path.exists():
+        return {}
+    rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
+    return {(line["task"], line["length"], int(line["n"])): line for line in rows}
+
+
+def elapsed(folder):
+    """[(seconds of training, step)] of a run, as compare.py noted them."""
+    try:
+        lines = [line.split(",") for line in read_utf8(folder / "times.csv").splitlines()]
+        return [(float(seconds), int(step)) for seconds, step in lines]
+    except (OSError, ValueError):
+        return []
+
+
+def evaluations(folder):
+    """The rows of log.csv that have an evaluation."""
+    rows = csv.DictReader(io.StringIO(read_utf8(folder / "log.csv"), newline=""))
+    return [row for row in rows if row["val_loss"]]
+
+
+def best(log):
+    """The evaluation of best.pt: of stories the last one, of text the one with the least loss."""
+    return log[-1] if "accuracy" in log[-1] else min(log, key=lambda row: float(row["val_loss"]))
+
+
+def reached(experiment, measure, log, times):
+    """Minutes until an evaluation reached a figure, "" where none did."""
+    column, figure = next(item for item in experiment.until.items()
+                          if ex.minutes_until(*item) == measure)
+    sign = -1 if "loss" in column else 1  # a loss falls, an accuracy rises
+    steps = [int(row["step"]) for row in log if sign * float(row[column]) >= sign * figure]
+    minutes = [seconds / 60 for seconds, step in times if steps and step >= steps[0]]
+    return f"{minutes[0]:.2f}" if minutes else ""

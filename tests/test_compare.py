@@ -1,0 +1,331 @@
+"""
+compare.py: rows x seeds -> results. Rows whose `code` is a folder with two quick programs stand for
+training and asking; one test runs the real ones.
+"""
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from conftest import REPO, SMALL, is_one_line
+
+import compare
+from lib import experiment as ex
+from lib import measured
+
+TRAIN = '''
+import json, pathlib, signal, sys, time
+flags = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:])
+out = pathlib.Path(flags["out_dir"])
+with open(out.parent / "calls.txt", "a") as f:
+    f.write("train " + " ".join(sys.argv[1:]) + "\\n")
+if "match_params" in flags:
+    assert (pathlib.Path(flags["match_params"]) / "config.json").exists()
+if "init_from" in flags:
+    assert (pathlib.Path(flags["init_from"]) / "best.pt").exists()
+if "fail" in flags:
+    sys.exit("error: fail=1 was asked for")
+stopped = []
+signal.signal(signal.SIGINT, lambda *_: stopped.append(1))
+log = out / "log.csv"
+begin = len(log.read_text().splitlines()) - 1 if "resume" in flags else 0
+if not begin:
+    (out / "config.json").write_text(json.dumps({"parameters": 1000, "train": {
+        "max_iters": 4, "device": "cpu", "dtype": "float32", "slow": "slow" in flags}}))
+    log.write_text("step,val_loss,accuracy\\n")
+slow = json.loads((out / "config.json").read_text())["train"]["slow"]
+for step in range(begin, 5):
+    while slow and step == 2 and not stopped and "resume" not in flags:
+        time.sleep(0.01)
+    (out / "ckpt.pt").touch()
+    if stopped:
+        break
+    with log.open("a") as f:
+        f.write(f"{step},{1 - step / 10},{step / 4}\\n")
+    if step == 4:
+        (out / "best.pt").touch()
+'''
+EVAL = '''
+import csv, pathlib, sys
+run, *words = sys.argv[1:]
+flags = dict(word.removeprefix("--").partition("=")[::2] for word in words)
+out = pathlib.Path(flags["out_dir"])
+with open(pathlib.Path(run).parent / "calls.txt", "a") as f:
+    f.write("ask " + " ".join(sys.argv[1:]) + "\\n")
+out.mkdir(exist_ok=True)
+path, n = out / "results.csv", int(flags["n_samples"])
+columns = "task,length,n,right,answers,commit,device,dtype,torch".split(",")
+if not path.exists():
+    path.write_text(",".join(columns) + "\\n")
+with path.open("a", newline="") as f:
+    for task in flags["tasks"].split(","):
+        answers = "1" + "0" * (n - 1)
+        csv.writer(f).writerow([task, flags["lengths"], n, 1, answers, "abc", "cpu", "float32", "2"])
+'''
+HEAD = """
+title = "Which is better?"
+preset = "config/babilong_qa1.toml"
+seeds = [1, 2]
+tasks = "qa1,qa2"
+ask = { "0k,1k" = 4 }
+losses = ["val_loss"]
+until = { accuracy = 0.5 }
+"""
+
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    """A folder with the quick programs, and an experiment of three rows."""
+    monkeypatch.setattr(compare, "POLL", 0.02)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick").mkdir()
+    (tmp_path / "quick/train.py").write_text(TRAIN)
+    (tmp_path / "quick/eval_babilong.py").write_text(EVAL)
+    return Lab(tmp_path)
+
+
+class Lab:
+    def __init__(self, folder):
+        self.folder = folder
+        self.write('[[row]]\nname = "base"', '[[row]]\nname = "wide"\nmatch = "base"',
+                   '[[row]]\nname = "asked otherwise"\nrun_of = "wide"\nask_flags = "--rag=10"')
+
+    def write(self, *rows, head=HEAD):
+        text = head + "\n".join(f'{row}\ncode = "quick"\n' for row in rows)
+        (self.folder / "mine.toml").write_text(text)
+
+    def call(self, capsys, monkeypatch, *flags):
+        """compare.py in this process -> exit code, standard output, standard error"""
+        handler = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["compare.py", "mine.toml", *flags])
+        capsys.readouterr()
+        try:
+            compare.main()
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return code, *capsys.readouterr()
+
+    def calls(self):
+        path = self.folder / "out/compare/calls.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def results(self, name="mine.csv"):
+        with open(self.folder / "results" / name, newline="") as f:
+            return list(csv.DictReader(f))
+
+
+@pytest.fixture
+def run(lab, capsys, monkeypatch):
+    return lambda *flags: lab.call(capsys, monkeypatch, *flags)
+
+
+def test_what_is_missing_is_trained_asked_and_recorded(lab, run):
+    code, out, err = run("--jobs=2")
+    assert code == 0, err
+    assert "Which is better?" in out and "| base |" in out and "| asked otherwise |" in out
+    calls = lab.calls()
+    assert sum(call.startswith("train") for call in calls) == 4, "two rows with two seeds"
+    assert sum(call.startswith("ask") for call in calls) == 3 * 2 * 2, "three rows, two lengths"
+    rows = lab.results()
+    assert len(rows) == 2 * (4 + 2) * 2 + 2 * 4
+    assert list(rows[0]) == list(measured.COLUMNS)
+    order = [(row["row"], row["seed"]) for row in rows]
+    assert list(dict.fromkeys(order)) == [(name, seed) for name in ("base", "wide",
+                                          "asked otherwise") for seed in "12"]
+    accuracy = [row for row in rows if row["measure"] == "accuracy"]
+    for row in accuracy:
+        assert (row["n"], row["right"], row["answers"], row["value"]) == ("4", "1", "1000", "0.2500")
+        assert (row["commit"], row["dtype"], row["parameters"]) == ("abc", "float32", "1000")
+        assert row["command"] == f'python compare.py experiments/mine.toml --only="{row["row"]}"'
+    losses = [row for row in rows if row["measure"] == "val_loss"]
+    assert {row["value"] for row in losses} == {"0.6"} and len(losses) == 4
+    minutes = [row for row in rows if row["measure"] == "minutes until accuracy 0.5"]
+    assert len(minutes) == 4 and all(float(row["value"]) < 1 for row in minutes)
+    log = lab.results("mine_log.csv")
+    assert [(row["row"], row["seed"], row["step"]) for row in log] == [
+        (name, seed, step) for name in ("base", "wide") for seed in "12" for step in "01234"]
+    assert (lab.folder / "results/mine.png").stat().st_size > 1000
+
+
+def test_a_second_call_does_nothing(lab, run):
+    run("--jobs=2")
+    files = {path: path.read_bytes() for path in (lab.folder / "results").glob("*.csv")}
+    calls = lab.calls()
+    code, out, _ = run()
+    assert code == 0 and "| base |" in out and lab.calls() == calls
+    assert {path: path.read_bytes() for path in (lab.folder / "results").glob("*.csv")} == files
+    # and results are enough: the runs may be gone
+    (lab.folder / "out").rename(lab.folder / "elsewhere")
+    run()
+    assert lab.calls() == []
+
+
+def test_only_and_seeds_choose_and_what_they_need_is_trained(lab, run):
+    code, out, err = run("--only=asked otherwise", "--seeds=2", "--jobs=1")
+    assert code == 0, err
+    assert {(row["row"], row["seed"]) for row in lab.results()} == {("asked otherwise", "2")}
+    trained = [call for call in lab.calls() if call.startswith("train")]
+    assert len(trained) == 2 and all("--seed=2" in call for call in trained)
+    run("--jobs=2")
+    assert sum(call.startswith("train") for call in lab.calls()) == 4
+
+
+def test_a_dry_run_says_what_would_be_run_and_runs_nothing(lab, run):
+    code, out, _ = run("--dry_run", "--jobs=2")
+    assert code == 0 and lab.calls() == [] and not (lab.folder / "results").exists()
+    assert "mine: base, seed 1: train about " in out and "ask 0k x 4, 1k x 4" in out
+    assert "6 runs, about " in out and "2 at a time" in out
+    run("--seeds=1", "--jobs=2")
+    store = lab.folder / "results/mine.csv"
+    rows = [{**row, "minutes": "80.00"} for row in lab.results()]
+    measured.write_results(store, rows)
+    _, out, _ = run("--dry_run", "--jobs=2")
+    assert "seed 2: train about 80 min" in out and "seed 1" not in out, "as it took before"
+    assert "3 runs, about 1 h 20 min, 2 at a time" in out
+
+
+def test_a_failing_row_costs_only_itself_and_is_named(lab, run):
+    lab.write('[[row]]\nname = "base"', '[[row]]\nname = "bad"\nflags = "--fail=1"',
+              '[[row]]\nname = "needs bad"\ninit_from = "bad"', '[[row]]\nname = "last"')
+    code, out, err = run("--jobs=2", "--seeds=1")
+    assert code == 1
+    assert sum("--fail" not in call for call in lab.calls() if call[:5] == "train") == 1, \
+        "two rows that are trained alike have one run"
+    assert {row["row"] for row in lab.results()} == {"base", "last"} and "| last |" in out
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert lines[0].startswith("error: mine: bad, seed 1 failed: error: fail=1 was asked for")
+    assert lines[1] == "error: mine: needs bad, seed 1 failed: it needs the run of bad, which failed"
+
+
+def test_what_is_stopped_goes_on(lab, run):
+    lab.write('[[row]]\nname = "base"\nflags = "--slow"')
+    script = "import compare; compare.POLL = 0.02; compare.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, "mine.toml", "--seeds=1", "--jobs=1"], cwd=lab.folder,
+        env={**__import__("os").environ, "PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True,
+        start_new_session=True)
+    log = None
+    for _ in range(3000):
+        found = list((lab.folder / "out/compare").glob("*/log.csv"))
+        if found and found[0].read_text().count("\n") >= 3:
+            log = found[0]
+            break
+        time.sleep(0.02)
+    assert log, "the run has not begun"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "stopped; the same command goes on" in err
+    assert log.read_text().count("\n") == 3, "the training was stopped, too"
+    before = measured.elapsed(log.parent)[-1][0]
+    code, _, err = run("--seeds=1")
+    assert code == 0, err
+    assert "--resume" in lab.calls()[1] and measured.elapsed(log.parent)[-1][0] > before
+    assert len(lab.results()) == 4 + 2
+
+
+def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run):
+    run("--seeds=1", "--jobs=2")
+    calls = lab.calls()
+    (lab.folder / "quick/lm2.py").write_text("changed = True\n")
+    code, out, _ = run("--seeds=1")
+    assert code == 0 and lab.calls() == calls
+    assert "| base (as of " in out and "| base |" not in out
+    before = {row["run"] for row in lab.results()}
+    code, out, _ = run("--seeds=1", "--again", "--only=base", "--jobs=1")
+    assert code == 0 and len(lab.calls()) > len(calls)
+    assert "| base |" in out and "| wide (as of " in out
+    assert {row["run"] for row in lab.results() if row["row"] == "base"}.isdisjoint(before)
+
+
+def test_results_of_other_seeds_and_rows_stay(lab, run):
+    run("--seeds=1", "--jobs=2")
+    first = lab.results()
+    lab.write('[[row]]\nname = "new"')
+    run("--seeds=2", "--jobs=1")
+    rows = lab.results()
+    assert [row for row in rows if row["row"] != "new"] == first
+    assert {row["seed"] for row in rows if row["row"] == "new"} == {"2"}
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--only=nothing"], "only=nothing"), (["--seeds=9"], "seeds=9"), (["--seeds=a"], "seeds=a"),
+    (["--jobs=-1"], "jobs=-1"), (["nowhere.toml"], "nowhere.toml"), (["--job=1"], "--job=1")])
+def test_bad_flags_are_refused_in_one_line(lab, run, flags, named):
+    code, _, err = run(*flags)
+    assert is_one_line(code, err, named) and lab.calls() == []
+
+
+def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
+    (lab.folder / "results").mkdir()
+    store = lab.folder / "results/mine.csv"
+    for damage in ("experiment,row\n", "x", ",".join(measured.COLUMNS) + "\nmine,base\n"):
+        store.write_text(damage)
+        code, _, err = run()
+        assert is_one_line(code, err, "mine.csv") and store.read_text() == damage
+    store.unlink()
+    (lab.folder / "mine.toml").write_text("title =")
+    assert is_one_line(*[run()[i] for i in (0, 2)], "mine.toml")
+    assert lab.calls() == []
+
+
+def test_it_needs_an_experiment(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert is_one_line(stop.value.code, capsys.readouterr().err, "experiments/qa1.toml")
+
+
+def test_losses_are_those_of_the_best_step_and_minutes_those_until_a_figure(lab):
+    experiment = ex.load(lab.folder / "mine.toml")
+    log = [dict(step=str(step), val_loss=loss) for step, loss in
+           ((0, "4.0"), (10, "1.5"), (20, "1.9"))]
+    assert measured.best(log)["val_loss"] == "1.5"
+    stories = [{**row, "accuracy": "0.5"} for row in log]
+    assert measured.best(stories) is stories[-1], "of stories the last weights count"
+    experiment.until = {"val_loss": 1.6}
+    times = [(0.0, 0), (30.0, 5), (66.0, 12), (120.0, 20)]
+    assert measured.reached(experiment, "minutes until val_loss 1.6", log, times) == "1.10"
+    experiment.until = {"val_loss": 1.4}
+    assert measured.reached(experiment, "minutes until val_loss 1.4", log, times) == ""
+
+
+# --- The real programs
+
+def test_the_real_programs_train_match_and_answer(checkout):
+    (checkout.folder / "small.toml").write_text(
+        "".join(f"{key} = {value!r}\n" for key, _, value in
+                (flag.removeprefix("--").partition("=") for flag in SMALL) if not value.isdigit())
+        + "".join(f"{key} = {value}\n" for key, _, value in
+                  (flag.removeprefix("--").partition("=") for flag in SMALL) if value.isdigit())
+        + 'dataset = "babilong"\ncorpus = "play.txt"\nlengths = "0k"\nmax_iters = 2\n'
+          'eval_interval = 1\n')
+    (checkout.folder / "tiny.toml").write_text("""
+title = "Tiny"
+preset = "small.toml"
+seeds = [1]
+tasks = "qa1"
+ask = { "0k" = 2 }
+[[row]]
+name = "LM2"
+[[row]]
+name = "window"
+flags = "--memory=none"
+match = "LM2"
+change = [["lm2.py", "F.silu(", "F.gelu("]]
+""")
+    code, out, err = checkout.run("compare.py", "tiny.toml", "--jobs=2")
+    assert code == 0, err
+    with open(checkout.folder / "results/tiny.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [row["row"] for row in rows] == ["LM2", "window"]
+    sizes = [int(row["parameters"]) for row in rows]
+    assert max(sizes) <= 1.02 * min(sizes) and all(row["n"] == "2" for row in rows)
+    assert "| LM2 |" in out and (checkout.folder / "results/tiny.png").exists()

@@ -1,0 +1,203 @@
+"""lib/experiment.py: what a TOML file of experiments/ describes, and what tells runs apart."""
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lib import experiment as ex
+from lib.experiment import ROOT
+
+HEAD = """
+title = "A title"
+preset = "config/babilong_qa1.toml"
+seeds = [1, 2]
+tasks = "qa1,qa6"
+ask = { "1k,0k" = 20, "4k" = 10 }
+"""
+ROWS = """
+[[row]]
+name = "LM2"
+ask = { "1M" = 5 }
+
+[[row]]
+name = "RMT"
+flags = "--memory=rmt"
+match = "LM2"
+longest = "1k"
+
+[[row]]
+name = "RAG"
+run_of = "RMT"
+ask_flags = "--rag=10"
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def of(text):
+        path = tmp_path / "mine.toml"
+        path.write_text(text)
+        return ex.load(path)
+    return of
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.stem)
+def test_experiments_of_this_repository_load(path):
+    experiment = ex.load(path)
+    assert experiment.name == path.stem and len(experiment.row) > 1
+    assert len({ex.run_id(experiment, row) for row in experiment.row}) == len(experiment.row)
+
+
+def test_a_row_is_asked_what_the_experiment_and_it_say_shortest_first(load):
+    experiment = load(HEAD + ROWS)
+    lm2, rmt, rag = experiment.row
+    assert experiment.name == "mine"
+    assert list(experiment.cells(lm2).items()) == [("0k", 20), ("1k", 20), ("4k", 10), ("1M", 5)]
+    assert experiment.cells(rmt) == {"0k": 20, "1k": 20}
+    assert ("accuracy", "qa6", "4k", 10) in experiment.wanted(rag, 1)
+    assert experiment.trained(rag) is rmt and experiment.seeds_of(rag) == [1, 2]
+
+
+def test_five_lines_add_a_row(load):
+    before, after = load(HEAD + ROWS), load(HEAD + ROWS + """
+[[row]]
+name = "sigmoid instead of tanh"
+change = [["lm2.py", "wide(C).tanh()", "wide(C).sigmoid()"]]
+""")
+    assert [row.name for row in after.row][:3] == [row.name for row in before.row]
+    assert ex.run_id(after, after.row[0]) == ex.run_id(before, before.row[0])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("x", "is not a TOML file"),
+    (HEAD, "it has no row"),
+    (ROWS, "it has no "),
+    (HEAD.replace("config/babilong_qa1", "config/nothing") + ROWS, "nothing.toml is not there"),
+    (HEAD.replace("tasks", "task") + ROWS, "task is not known"),
+    (HEAD.replace("qa6", "qa16") + ROWS, "task qa16"),
+    (HEAD.replace('"4k" = 10', '"4k" = 0') + ROWS, "ask has 0 questions of 4k"),
+    (HEAD.replace('"4k" = 10', '"long" = 1') + ROWS, "length 'long' is not known"),
+    (HEAD.replace("[1, 2]", "[]") + ROWS, "at least one row and one seed"),
+    (HEAD.replace("[1, 2]", "[-1]") + ROWS, "seed -1 is no whole number"),
+    (HEAD.replace("[1, 2]", "3") + ROWS, "seeds=3"),
+    (HEAD.replace("ask =", "until =") + ROWS.replace("ask =", "until ="), "until is not known"),
+    (HEAD.replace('ask = { "1k,0k" = 20, "4k" = 10 }', "") + '[[row]]\nname = "a"', "nothing"),
+    (HEAD + ROWS + '[[row]]\nname = "RAG"', "a name of its own, not 'RAG'"),
+    (HEAD + ROWS + '[[row]]\nflags = ""', "a name of its own, not ''"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\nflag = "b"', "flag is not known"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\nflags = 3', "flags=3"),
+    ("row = [1]\n" + HEAD, "begin it with a line [[row]]"),
+    (HEAD + ROWS.replace('match = "LM2"', 'match = "RAG"'), "match='RAG', which is no row above"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\ncode = "nowhere"', "code='nowhere', where no train.py is"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\nchange = ["lm2.py"]', "write [file, old text, new text]"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\nchange = [["lm2.py", "self", "me"]]', "must be there once"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\nchange = [["lm3.py", "a", "b"]]', "lm3.py is not there"),
+])
+def test_a_bad_file_is_refused_in_one_line_that_names_it(load, text, message):
+    with pytest.raises((ValueError, OSError)) as error:
+        load(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    if isinstance(error.value, ValueError):
+        assert "mine.toml" in str(error.value)
+
+
+# --- What tells runs apart
+
+def ids(load, change=None, text=HEAD + ROWS):
+    for old, new in change or ():
+        assert old in text
+        text = text.replace(old, new)
+    experiment = load(text)
+    return [ex.run_id(experiment, row) for row in experiment.row]
+
+
+def test_code_preset_and_flags_tell_runs_apart_and_the_rest_does_not(load):
+    lm2, rmt, rag = ids(load)
+    assert len({lm2, rmt, rag}) == 3
+    assert ids(load, [("A title", "Another"), ("[1, 2]", "[3]"), ("= 20", "= 30")]) == [lm2, rmt,
+                                                                                     rag]
+    changed = ids(load, [("--memory=rmt", "--memory=none")])
+    assert changed[0] == lm2 and changed[1] != rmt and changed[2] != rag
+    changed = ids(load, [("--rag=10", "--rag=5")])
+    assert changed[:2] == [lm2, rmt] and changed[2] != rag
+    # the parameters of LM2 are those of RMT
+    changed = ids(load, [('name = "LM2"', 'name = "LM2"\nflags = "--n_layer=2"')])
+    assert changed[0] != lm2 and changed[1] != rmt
+
+
+def test_comments_and_docstrings_do_not_change_what_code_does():
+    one = ex.meaning('"""About."""\ndef f(x):\n    """It."""\n    return x + 1  # one more\n')
+    other = ex.meaning('"""Of."""\n\n\ndef f( x ):\n    """That."""\n    return (x + 1)\n')
+    assert one == other != ex.meaning('"""About."""\ndef f(x):\n    """It."""\n    return x + 2\n')
+
+
+def test_a_changed_checkout_is_another_row_and_its_own_programs_run(load, tmp_path):
+    for name in ("lm2.py", "train.py", "eval_babilong.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("baselines", "data", "lib"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("shakespeare"))
+    text = HEAD + ROWS + f'[[row]]\nname = "mine"\ncode = "{tmp_path}"'
+    assert ids(load, text=text)[3] == ids(load)[0], "the code does the same"
+    lm2 = tmp_path / "lm2.py"
+    lm2.write_text(lm2.read_text().replace("wide(C).tanh()", "wide(C).sigmoid()"))
+    assert ids(load, text=text)[3] != ids(load)[0]
+    experiment = load(text)
+    assert ex.code_folder(experiment.row[3], tmp_path / "out") == tmp_path
+    assert ex.code_folder(experiment.row[0], tmp_path / "out") == ROOT
+
+
+def test_a_change_of_the_code_is_made_in_a_copy(load, tmp_path):
+    before = (ROOT / "lm2.py").read_text()
+    experiment = load(HEAD + """
+[[row]]
+name = "sigmoid"
+change = [["lm2.py", "wide(C).tanh()", "wide(C).sigmoid()"]]
+""")
+    folder = ex.code_folder(experiment.row[0], tmp_path / "out")
+    assert (folder / "lm2.py").read_text() == before.replace("wide(C).tanh()", "wide(C).sigmoid()")
+    assert (ROOT / "lm2.py").read_text() == before and (folder / "data/babi.py").exists()
+    assert ex.code_folder(experiment.row[0], tmp_path / "out") == folder
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
+
+
+def test_rows_that_are_trained_alike_share_their_runs(load, tmp_path):
+    experiment = load(HEAD + ROWS)
+    folder = ex.folder_of(experiment, experiment.row[0], 1, tmp_path)
+    assert folder.name.startswith("babilong_qa1-1-")
+    other = load(HEAD + ROWS.replace('"LM2"', '"Base"'))
+    assert ex.folder_of(other, other.row[0], 1, tmp_path) == folder
+    assert ex.folder_of(other, other.row[0], 2, tmp_path) != folder
+    assert ex.folder_of(other, other.row[2], 1, tmp_path) == ex.folder_of(other, other.row[1], 1,
+                                                                          tmp_path)
+
+
+def test_flags_train_and_ask_what_the_rows_say(load, tmp_path):
+    experiment = load(HEAD + ROWS + '[[row]]\nname = "more"\ninit_from = "LM2"')
+    lm2, rmt, rag, more = experiment.row
+    folders = {row.name: ex.folder_of(experiment, row, 2, tmp_path) for row in experiment.row}
+    flags = ex.train_flags(experiment, rmt, 2, tmp_path)
+    assert flags == [f"--config={ROOT}/config/babilong_qa1.toml", "--memory=rmt", "--seed=2",
+                     f"--out_dir={folders['RMT']}", "--overwrite",
+                     f"--match_params={folders['LM2']}"]
+    flags = ex.train_flags(experiment, more, 2, tmp_path)
+    assert f"--init_from={folders['LM2']}" in flags and "--seed=2" not in flags, \
+        "a run that goes on sees other stories"
+    folders["RMT"].mkdir()
+    (folders["RMT"] / "ckpt.pt").touch()
+    flags = ex.train_flags(experiment, rmt, 2, tmp_path)
+    assert flags == ["--resume", f"--out_dir={folders['RMT']}"]
+    flags = ex.ask_flags(experiment, rag, folders["RMT"], "4k", 10)
+    assert flags[:4] == [str(folders["RMT"]), "--tasks=qa1,qa6", "--lengths=4k",
+                         "--n_samples=10"] and "--rag=10" in flags
+    assert flags[-1] != ex.ask_flags(experiment, rmt, folders["RMT"], "4k", 10)[-1]
+    assert Path(flags[-1].removeprefix("--out_dir=")).parent == folders["RMT"]
+
+
+def test_steps_of_a_run_are_read_from_its_log(tmp_path):
+    assert ex.steps(tmp_path) == (0, 1) and not ex.is_trained(tmp_path)
+    (tmp_path / "config.json").write_text('{"train": {"max_iters": 20}}')
+    (tmp_path / "log.csv").write_text("step,loss\n0,1.0\n1,0.5\n")
+    (tmp_path / "best.pt").touch()
+    assert ex.steps(tmp_path) == (1, 20) and not ex.is_trained(tmp_path)
+    (tmp_path / "log.csv").write_text("step,loss\n0,1.0\n20,\n")
+    assert ex.is_trained(tmp_path)
