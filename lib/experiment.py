@@ -226,7 +226,8 @@ def train_id(experiment, row):
               if key != "out_dir"}
     before = [name and train_id(experiment, experiment.named(name))
               for name in (row.match, row.init_from)]
-    return digest(code_digest(row, preset.get("dataset")), preset, sorted(shlex.split(row.flags)), before)
+    code = code_digest(row, preset.get("dataset"))
+    return digest(code, preset, sorted(shlex.split(row.flags)), before)
 
 
 def run_id(experiment, row):
