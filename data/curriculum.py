@@ -219,7 +219,10 @@ class Stories:
     def report(self, row):
         """An evaluation in words."""
         tasks = " ".join(f"{task} {row[task]:.3f}" for task in self.tasks if task in row)
-        return (f"{row['length']:,} tokens: validation loss {row['val_loss']:.4f}, "
+        stage, _ = self.progress
+        tokens, counted = self.lengths[stage]
+        length = f"{tokens:,} tokens" + (f" that count as {counted:,}" if counted > tokens else "")
+        return (f"{length}: validation loss {row['val_loss']:.4f}, "
                 f"accuracy {row['accuracy']:.3f} ({tasks})")
 
     def advance(self, step, row, config):

@@ -282,8 +282,10 @@ def test_answers_are_told_apart():
 
 def test_report_names_length_loss_and_accuracies(stories):
     row = {"length": 256, "val_loss": 0.5, "accuracy": 0.75, "qa6": 0.25}
-    assert stories("256").report(row) == (
-        "256 tokens: validation loss 0.5000, accuracy 0.750 (qa6 0.250)")
+    data, figures = stories("256,128k/2k"), "validation loss 0.5000, accuracy 0.750 (qa6 0.250)"
+    assert data.report(row) == f"256 tokens: {figures}"
+    data.progress = [1, 0]
+    assert data.report(row) == f"2,000 tokens that count as 128,000: {figures}"
 
 
 # --- Opening
@@ -364,7 +366,7 @@ def test_training_on_stories_resumes_bit_for_bit_across_a_change_of_length(check
         assert code == 0, err
         return out
     out = run("out/stories", "--max_iters=8")
-    assert "step 3: 0 tokens" in out and "step 6: 2,000 tokens" in out and "(right: " in out
+    assert "step 3: 0 tokens" in out and "step 6: 256 tokens that count as 2,000: " in out and "(right: " in out
     run("out/stories2", "--max_iters=5", "--lr_decay_iters=8")
     run("out/stories2", "--resume", "--max_iters=8")
     whole, resumed = (list(csv.DictReader(checkout.log(f"out/{name}").splitlines()))
