@@ -316,7 +316,8 @@ def show(experiment, rows, results_dir):
 
 def main():
     config, _ = parse(CompareConfig, __doc__)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     results = Path(config.results_dir)
     with user_errors():
         cores = os.cpu_count() or 1

@@ -206,13 +206,19 @@ def test_a_failing_row_costs_only_itself_and_is_named(lab, run):
                         "failed")
 
 
-def test_what_is_stopped_goes_on(lab, run):
+def ignore_interrupts():
+    """As a shell starts a program in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_goes_on(lab, run, number):
     lab.write('[[row]]\nname = "base"\nflags = "--slow"')
     script = "import compare; compare.POLL = 0.02; compare.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "mine.toml", "--seeds=1", "--jobs=1"], cwd=lab.folder,
         env=os.environ | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True,
-        start_new_session=True)
+        start_new_session=True, preexec_fn=ignore_interrupts)
     log = None
     for _ in range(3000):
         found = list((lab.folder / "out/compare").glob("*/log.csv"))
@@ -221,7 +227,7 @@ def test_what_is_stopped_goes_on(lab, run):
             break
         time.sleep(0.02)
     assert log, "the run has not begun"
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped; the same command goes on" in err
     assert log.read_text().count("\n") == 3, "the training was stopped, too"

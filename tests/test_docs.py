@@ -78,7 +78,8 @@ def check_flags(program, args):
         with chdir(REPO):  # presets and experiments are named from there
             parsed, _ = parse(config, "", args)
             for path in getattr(parsed, "experiments", []):
-                experiment.load(path)
+                if path.startswith("experiments/"):  # others are the reader's own
+                    experiment.load(path)
     except SystemExit as e:
         if e.code or "--help" not in args:
             raise

@@ -22,6 +22,11 @@ def half_of_bootstrap(statistic, n, rng, draws=2000):
     return 1.96 * np.std(found)
 
 
+def mean_of(tasks):
+    """The statistic of half_of_bootstrap that is the mean over tasks, each an array of outcomes."""
+    return lambda drawn: 100 * np.mean([task[i].mean() for task, i in zip(tasks, drawn)])
+
+
 def array(text):
     return np.array([int(answer) for answer in text])
 
@@ -59,8 +64,7 @@ def test_the_interval_is_that_of_drawing_other_questions():
     rows = [answered("LM2", seed, text, task=task) for task, found in texts.items()
             for seed, text in enumerate(found)]
     means = [np.mean([array(text) for text in found], axis=0) for found in texts.values()]
-    half = half_of_bootstrap(lambda drawn: 100 * np.mean([m[i].mean() for m, i in zip(means, drawn)]),
-                             [500, 300], rng)
+    half = half_of_bootstrap(mean_of(means), [500, 300], rng)
     assert scores.accuracy(rows).half == pytest.approx(half, rel=0.06)
 
 
@@ -120,8 +124,7 @@ def test_the_paired_interval_is_that_of_drawing_other_questions():
                     for name, part in (("a", slice(0, 3)), ("b", slice(3, 6))))
     means = [np.mean([array(text) for text in found[:3]], axis=0)
              - np.mean([array(text) for text in found[3:]], axis=0) for found in texts.values()]
-    half = half_of_bootstrap(lambda drawn: 100 * np.mean([m[i].mean() for m, i in zip(means, drawn)]),
-                             [500, 300], rng)
+    half = half_of_bootstrap(mean_of(means), [500, 300], rng)
     found = scores.difference(ours, theirs)
     assert found.value == pytest.approx(100 * np.mean([m.mean() for m in means]))
     assert found.half == pytest.approx(half, rel=0.06)
@@ -165,7 +168,7 @@ def test_figures_are_compared_seed_by_seed_with_an_interval_of_student():
     theirs = [figure("b", seed, value) for seed, value in ((3, "1.6"), (1, "1.4"), (4, "9"))]
     found = scores.figure_difference(ours, theirs)
     assert found.value == pytest.approx((0.1 + 0.3) / 2)
-    assert found.half == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2))  # textbook, 1 degree
+    assert found.half == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2))  # textbook
     assert scores.figure_difference(ours, theirs[:1]) == (pytest.approx(0.3), None)
     assert scores.figure_difference(ours, theirs[2:]) == (pytest.approx(1.7 - 9), None)
 
