@@ -11,7 +11,7 @@ from data.babilong import parse_length, parse_tasks
 from data.files import atomic_open, read_utf8
 from lib import experiment as ex
 from lib.device import pick_device
-from lib.origin import origin
+from lib.origin import hardware, origin
 
 COLUMNS = ("experiment", "row", "seed", "measure", "task", "length", "n", "right", "answers",
            "value", "parameters", "minutes", "tokens_per_s", "run", "commit", "command", "device",
@@ -98,18 +98,19 @@ def measured(experiment, row, seed, keys, folder):
     times, log = elapsed(folder), evaluations(folder)
     seconds = times[-1][0] if times else 0
     speed = ex.planned_tokens(experiment, experiment.trained(row)) / seconds if seconds else 0
+    device = pick_device(about["train"]["device"])
     common = {
         "experiment": experiment.name, "row": row.name, "seed": seed,
         "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}",
         "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
-        **origin(pick_device(about["train"]["device"])), "dtype": about["train"]["dtype"],
+        **origin(device), "device": hardware(device), "dtype": about["train"]["dtype"],
         "command": f'python compare.py experiments/{experiment.name}.toml --only="{row.name}"'}
     answered, rows = answers(row, folder), []
     for measure, task, length, n in keys:
         found = {"measure": measure, "task": task, "length": length}
         if measure == "accuracy":
             answer = answered[task, length, n]
-            names = ("n", "right", "answers", "commit", "device", "dtype", "torch")
+            names = ("n", "right", "answers", "commit", "dtype", "torch")
             found |= {name: answer[name] for name in names}
             found["value"] = f"{int(answer['right']) / n:.4f}"
         elif measure in experiment.losses:

@@ -1,4 +1,6 @@
 """Where a number comes from: what a row of a CSV file says of the code and the machine."""
+import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,3 +25,15 @@ def commit():
 def device_name(device):
     """cpu, mps, or which GPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def hardware(device):
+    """The name of the GPU, or of the processor where the system tells it."""
+    if device.type != "cpu":
+        return device_name(device)
+    try:
+        found = re.search("model name\t*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:  # not Linux
+        found = None
+    name = found[1] if found else platform.processor() or "cpu"
+    return " ".join(re.sub(r"\((R|TM)\)|CPU|@.*", " ", name).split())
