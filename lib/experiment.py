@@ -66,7 +66,7 @@ class Experiment:
     row: list              # Rows, in the order of the table; all are compared to the first one
     tasks: str = ""        # of BABILong, as in qa1,qa2
     ask: dict = field(default_factory=dict)    # {"0k,1k,4k": questions of each task}
-    losses: list = field(default_factory=list)  # columns of log.csv, at the best step
+    measure: list = field(default_factory=list)  # tokens_per_s, columns of log.csv at the best step
     until: dict = field(default_factory=dict)   # {column: figure}: minutes until it is reached
 
     def __post_init__(self):
@@ -76,8 +76,9 @@ class Experiment:
         self.row = [from_dict(Row, {"name": "", **row}) for row in self.row]
         names = [row.name for row in self.row]
         for row in self.row:
-            if not row.name or names.count(row.name) > 1:
-                raise ValueError(f"each row needs a name of its own, not {row.name!r}")
+            if not row.name or "," in row.name or names.count(row.name) > 1:
+                raise ValueError(f"each row needs a name of its own without a comma, not "
+                                 f"{row.name!r}")
             for key in ("match", "init_from", "run_of"):
                 wanted = getattr(row, key)
                 if wanted and wanted not in names[:names.index(row.name)]:
@@ -93,8 +94,8 @@ class Experiment:
             self.cells(row)
         if not self.row or not self.seeds:
             raise ValueError("it needs at least one row and one seed")
-        if not (self.ask or self.losses or self.until):
-            raise ValueError("it measures nothing: give ask, losses or until")
+        if not (self.ask or self.measure or self.until):
+            raise ValueError("it measures nothing: give ask, measure or until")
         if self.ask:
             parse_tasks(self.tasks)
 
@@ -128,7 +129,7 @@ class Experiment:
         keys = [("accuracy", task, length, n) for length, n in self.cells(row).items()
                 for task in tasks]
         if row.asked and not row.run_of:
-            keys += [(name, "", "", 0) for name in self.losses]
+            keys += [(name, "", "", 0) for name in self.measure]
             keys += [(minutes_until(column, figure), "", "", 0)
                      for column, figure in self.until.items()]
         return keys

@@ -113,8 +113,11 @@ def measured(experiment, row, seed, keys, folder):
             names = ("n", "right", "answers", "commit", "dtype", "torch")
             found |= {name: answer[name] for name in names}
             found["value"] = f"{int(answer['right']) / n:.4f}"
-        elif measure in experiment.losses:
-            found["value"] = best(log)[measure]
+        elif measure in experiment.measure:
+            found["value"] = (common | best(log)).get(measure)
+            if found["value"] is None:
+                raise ValueError(f"measure={measure} is no column of {folder}/log.csv: use "
+                                 f"tokens_per_s, {', '.join(log[0])}")
         else:
             found["value"] = reached(experiment, measure, log, times)
         rows.append(dict.fromkeys(COLUMNS, "") | common | found)

@@ -72,7 +72,7 @@ preset = "config/babilong_qa1.toml"
 seeds = [1, 2]
 tasks = "qa1,qa2"
 ask = { "0k,1k" = 4 }
-losses = ["val_loss"]
+measure = ["val_loss"]
 until = { accuracy = 0.5 }
 """
 
