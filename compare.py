@@ -18,6 +18,7 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -33,8 +34,13 @@ from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
 from lib.figure import plot
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TRAINED_PER_SECOND = 4_000  # tokens, of the small models of config/ on one core: to guess times by
-READ_PER_SECOND = 40_000
+READ_PER_SECOND = 25_000
 POLL = 1.0  # seconds between two looks at the programs that run
 
 
@@ -170,16 +176,34 @@ class Programs:
             process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
                                        stderr=f, start_new_session=True)
         self.running.add(process)
-        while process.poll() is None:
-            time.sleep(POLL)
-            watch()
-        self.running.discard(process)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL)
+                watch()
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+            self.running.discard(process)
         watch()
         if self.stopped:
             raise KeyboardInterrupt
         if process.returncode:
-            lines = read_utf8(output).strip().splitlines() or ["it was killed"]
-            raise Failed(f"{lines[-1]} (all of it: {output})")
+            *_, last = read_utf8(output).strip().splitlines() or ["it said nothing"]
+            reason = f"signal {-process.returncode}: " if process.returncode < 0 else ""
+            raise Failed(f"{reason}{last} (all of it: {output})")
+
+
+@contextmanager
+def locked(folder):
+    """A run is for one compare.py at a time. Raises Failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as f:
+        try:
+            fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Failed(f"another compare.py works on {folder}: wait for it") from None
+        yield
 
 
 class Work:
@@ -197,19 +221,23 @@ class Work:
             training, asking = job.seconds(self.known)
             share = training / max(training + asking, 1e-9)
             self.wait_for_runs(job)
-            with self.folders[job.folder]:
+            with self.folders[job.folder], locked(job.folder):
                 if not job.trained:
                     self.train(job, share)
                 job.done = share
+                self.record(job, [key for key in job.keys if key[0] != "accuracy"])
                 self.ask(job, share)
-            with self.saving:
-                if job.keys:
-                    measured.save(job.experiment, job.row, job.seed, job.keys, job.folder,
-                                  self.config.results_dir)
         except (Failed, OSError, ValueError, LookupError) as e:
             self.failed[job.name] = str(e)
         finally:
             job.done = 1.0
+
+    def record(self, job, keys):
+        """Put what was measured into results."""
+        with self.saving:
+            if keys:
+                measured.save(job.experiment, job.row, job.seed, keys, job.folder,
+                              self.config.results_dir)
 
     def code_of(self, job):
         return ex.code_folder(job.experiment.trained(job.row), self.config.out_dir)
@@ -232,7 +260,6 @@ class Work:
         """Train the run of a job, or go on with it; the time is noted in times.csv."""
         flags = ex.train_flags(job.experiment, job.row, job.seed, self.config.out_dir)
         times = job.folder / "times.csv"
-        job.folder.mkdir(parents=True, exist_ok=True)
         if "--resume" not in flags:
             times.unlink(missing_ok=True)
         before, start = (measured.elapsed(job.folder) or [(0.0, 0)])[-1][0], time.monotonic()
@@ -247,13 +274,14 @@ class Work:
         self.programs.call(self.code_of(job) / "train.py", flags, output, watch)
 
     def ask(self, job, share):
-        """Ask the run of a job what is missing, length by length."""
+        """Ask the run of a job what is missing, and record it, length by length."""
         output = job.folder.with_name(f"{job.folder.name}-answers.txt")
         total = sum(n * parse_length(length) for length, n in job.questions)
         for length, n in job.questions:
             flags = ex.ask_flags(job.experiment, job.row, job.folder, length, n)
             program = self.code_of(job) / "eval_babilong.py"
             self.programs.call(program, flags, output, lambda: None)
+            self.record(job, [key for key in job.keys if key[2] == length])
             job.done += (1 - share) * n * parse_length(length) / max(total, 1)
 
 

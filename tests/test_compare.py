@@ -238,6 +238,27 @@ def test_what_is_stopped_goes_on(lab, run, number):
     assert len(lab.results()) == 4 + 2
 
 
+def test_what_was_answered_is_recorded_length_by_length(lab, run):
+    quick = lab.folder / "quick/eval_babilong.py"
+    quick.write_text("import sys\nif '--lengths=1k' in sys.argv: sys.exit('error: too long')\n" + EVAL)
+    code, out, err = run("--seeds=1", "--only=base")
+    assert code == 1 and "base, seed 1 failed: error: too long" in err
+    assert {row["length"] for row in lab.results()} == {"0k", ""} and "| base |" in out
+    quick.write_text(EVAL)
+    calls = lab.calls()
+    assert run("--seeds=1", "--only=base")[0] == 0
+    assert [call.split()[0] for call in lab.calls()[len(calls):]] == ["ask"]
+
+
+def test_a_run_is_for_one_compare_alone(lab, run):
+    experiment = ex.load(lab.folder / "mine.toml")
+    folder = ex.folder_of(experiment, experiment.row[0], 1, "out/compare")
+    with compare.locked(folder):
+        code, _, err = run("--seeds=1", "--only=base")
+    assert code == 1 and f"another compare.py works on {folder}: wait for it" in err
+    assert not (lab.folder / "results").exists()
+
+
 def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run):
     run("--seeds=1", "--jobs=2")
     calls = lab.calls()
