@@ -240,7 +240,8 @@ def test_what_is_stopped_goes_on(lab, run, number):
 
 def test_what_was_answered_is_recorded_length_by_length(lab, run):
     quick = lab.folder / "quick/eval_babilong.py"
-    quick.write_text("import sys\nif '--lengths=1k' in sys.argv: sys.exit('error: too long')\n" + EVAL)
+    refusing = "import sys\nif '--lengths=1k' in sys.argv: sys.exit('error: too long')\n"
+    quick.write_text(refusing + EVAL)
     code, out, err = run("--seeds=1", "--only=base")
     assert code == 1 and "base, seed 1 failed: error: too long" in err
     assert {row["length"] for row in lab.results()} == {"0k", ""} and "| base |" in out

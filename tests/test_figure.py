@@ -13,7 +13,7 @@ from lib.figure import draw_accuracy, draw_dots, plot, spread
 LENGTHS = ["0k", "1k", "4k", "16k", "64k", "128k"]
 
 
-def curves(n, lengths=LENGTHS, seeds=(1, 2)):
+def curves(n, lengths=LENGTHS, seeds=(1, 2), name="a row with the number"):
     """n rows; each has accuracies of its own, and every third one ends early."""
     rows, rng = [], np.random.default_rng(0)
     for i in range(n):
@@ -21,7 +21,7 @@ def curves(n, lengths=LENGTHS, seeds=(1, 2)):
         for seed, length in itertools.product(seeds, reached):
             right = int(rng.integers(101))
             answers = "1" * right + "0" * (100 - right)
-            rows.append(answered(f"a row with the number {i}", seed, answers, length=length))
+            rows.append(answered(f"{name} {i}", seed, answers, length=length))
     return rows
 
 
@@ -72,12 +72,13 @@ def test_rows_look_different():
         assert line.get_color() == text.get_color()
 
 
-@pytest.mark.parametrize("n", [1, 2, 6, 9, 20])
-def test_no_name_stands_on_another_or_outside(n):
-    axes, = drawn(draw_accuracy, curves(n))
+@pytest.mark.parametrize("n, name", [(1, "one"), (2, "two"), (6, "some"), (9, "more"), (20, "many"),
+                                     (40, "a crowd"), (8, "long names " * 6)])
+def test_no_name_stands_on_another_or_outside(n, name):
+    axes, = drawn(draw_accuracy, curves(n, name=name))
     boxes = [text.get_window_extent() for text in axes.texts]
     width, height = axes.figure.canvas.get_width_height()
-    assert len(boxes) == n
+    assert len(boxes) == n and axes.get_window_extent().width > 0.4 * width
     for box in boxes:
         assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0 and box.y1 <= height
     for a, b in itertools.combinations(boxes, 2):
@@ -129,7 +130,7 @@ def pixels(path):
 
 @pytest.mark.parametrize("rows, size", [
     (curves(3), (1800, 1000)), (curves(1, LENGTHS[:1]), None), (curves(2, LENGTHS[:2], [1]), None),
-    ([figure("LM2", 1, "1.5"), figure("LM2 $x$ | _a", 1, "")], None),
+    ([figure("LM2", 1, "1.5"), figure(r"LM2 $\none{$ | _a", 1, "")], None),
     ([figure("LM2", 1, "")], None),
     ([figure("a", 1, "1.5", f"measure {i}") for i in range(5)], None),
     ([*curves(2), figure("a row with losses alone", 1, "1.5")], (1800, 1000))])

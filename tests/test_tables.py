@@ -202,9 +202,10 @@ def test_no_page_is_touched_where_one_marker_is_wrong(checkout):
     assert (checkout / "README.md").read_text() == page("small")
 
 
-def test_no_page_is_touched_where_the_disk_is_full(checkout):
-    (checkout / "docs" / "page.md").write_text(page("small") + "long\n" * 1000)
+@pytest.mark.parametrize("large", ["README.md", "docs/page.md"])
+def test_no_page_is_touched_where_the_disk_is_full(checkout, large):
+    (checkout / large).write_text(page("small") + "long\n" * 1000)
     before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
-    with full_disk(2000), pytest.raises(OSError, match=r"page\.md cannot be written: "):
+    with full_disk(2000), pytest.raises(OSError, match=f"{large} cannot be written: "):
         tables.fill(checkout)
     assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
