@@ -188,7 +188,9 @@ def long_readme(root):
 
 
 def crowded_top_level(root):
+    """What `ls` shows: hidden files do not count."""
     entries = sorted({path.parts[0] for path in house_files(root)})
+    entries = [entry for entry in entries if not entry.startswith(".")]
     if len(entries) <= TOP_LEVEL_ENTRIES:
         return []
     listed = ", ".join(entries)
