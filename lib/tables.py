@@ -111,7 +111,7 @@ def printed(name, first, last):
 
 
 TABLES = {
-    "first-run": lambda: printed("results/first_run.txt", 10, 2),
+    "first-run": lambda: printed("results/first_run.txt", 6, 2),
     "first-segment": lambda: accuracy("results/first_segment.csv", ["0k", "1k", "2k", "4k", "8k"]),
     "real-babi": lambda: pivot("accuracy in %", load("results/real_babi.csv"), "run", "stories",
                                with_interval),

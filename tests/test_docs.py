@@ -348,6 +348,18 @@ def test_the_recipe_for_another_architecture_works_as_printed(changed):
         "`python -m pytest tests/test_memory.py tests/test_lm2.py`") == 1
 
 
+def test_the_experiment_of_the_recipe_compares_what_the_recipe_changes(changed, tmp_path):
+    copied, _ = changed
+    (_, text), = [block for block in FENCE.findall(section(README, "Change the architecture"))
+                  if block[0] == "toml"]
+    (tmp_path / "my.toml").write_text(text)
+    mine = experiment.load(tmp_path / "my.toml")
+    base, row = mine.row
+    theirs = experiment.changed_files(row)["lm2.py"]
+    assert experiment.meaning(theirs) == experiment.meaning((copied.folder / "lm2.py").read_text())
+    assert mine.name == "my" and mine.cells(base) == mine.cells(row)
+
+
 # --- docs/running.md: from Python
 
 def test_the_lines_from_python_run_as_printed(checkout, capsys):
