@@ -73,7 +73,7 @@ def plot_losses(log, path):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for column in log.columns:
         points = [(int(row["step"]), float(row[column])) for row in log.rows if row.get(column)]
-        if column in ("step", "learning_rate", "length") or not points:
+        if column in ("step", "learning_rate", "length", "pairs") or not points:
             continue
         steps, values = zip(*points)
         if column == "loss":

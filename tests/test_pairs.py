@@ -1,4 +1,5 @@
 """data/pairs.py: texts of keys and values, batches of them, the curriculum of numbers of pairs."""
+import csv
 import json
 import re
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL
 
 from data.pairs import ASKED, KEYS, KINDS, UNIT, open_pairs, write_text
 from lm2 import LM2, LM2Config
@@ -260,3 +262,29 @@ def test_pairs_that_cannot_be_are_refused_in_one_line(field, value, message):
     with pytest.raises(ValueError, match=message) as error:
         open_pairs(changed(**{field: value}))
     assert "\n" not in str(error.value)
+
+
+# --- Training on pairs
+
+def test_training_on_pairs_resumes_bit_for_bit_and_asks_beyond_its_pairs(checkout, call):
+    def run(out_dir, *more):
+        code, out, err = call("train.py", "--dataset=pairs", "--pairs=2,4", *SMALL,
+                              "--block_size=4", "--eval_interval=2", "--advance_at=0",
+                              f"--out_dir={out_dir}", *more)
+        assert code == 0, err
+        return out
+    out = run("out/pairs", "--max_iters=4")
+    assert "step 4: 4 pairs: validation loss" in out and "(right: " in out
+    run("out/pairs2", "--max_iters=3", "--lr_decay_iters=4")
+    run("out/pairs2", "--resume", "--max_iters=4")
+    whole, resumed = (list(csv.DictReader(checkout.log(f"out/{name}").splitlines()))
+                      for name in ("pairs", "pairs2"))
+    assert [row["loss"] for row in whole] == [row["loss"] for row in resumed]
+    assert 0 <= float(whole[-1]["rewrite_500"]) < 0.5 and float(whole[-1]["accuracy"]) < 0.5
+
+
+@pytest.mark.parametrize("flag, message", [("--pairs=1", "1 in pairs=1 must be a number from 2"),
+                                           ("--tokenizer=bpe", "tokenizer=bpe is not for pairs")])
+def test_bad_flags_are_refused_in_one_line(call, flag, message):
+    code, _, err = call("train.py", "--dataset=pairs", *SMALL, "--out_dir=out/refused", flag)
+    assert code == 2 and message in err and err.count("\n") == 1
