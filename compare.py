@@ -21,18 +21,19 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
 
 from tqdm import tqdm
 
 from data.babilong import parse_length
 from data.files import read_utf8
+from eval_babilong import EvalConfig
 from lib import experiment as ex
 from lib import measured, tables
-from lib.config import at_least, parse, user_errors
+from lib.config import at_least, from_dict, parse, user_errors
 from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
 from lib.figure import plot
+from train import TrainConfig
 
 try:
     import fcntl
@@ -120,6 +121,23 @@ class Job:
         tokens = sum(n * max(parse_length(length), 100) for measure, _, length, n in self.keys
                      if measure == "accuracy")
         return training, tokens / READ_PER_SECOND
+
+
+def check_flags(experiment):
+    """
+    Raises ValueError where train.py or eval_babilong.py of this checkout would refuse the flags of
+    a row: now, and not hours later.
+    """
+    for row in experiment.row:
+        try:
+            if not (row.code or row.run_of):
+                preset = ex.load_preset(experiment.preset_of(row))
+                from_dict(TrainConfig, preset | ex.flags_of(row.flags))
+            if experiment.cells(row):
+                flags = {"tasks": experiment.tasks} | ex.flags_of(row.ask_flags)
+                from_dict(EvalConfig, flags | {"runs": ["run"]})
+        except ValueError as e:
+            raise ValueError(f"{experiment.name}, row {row.name!r}: {e}") from None
 
 
 def find_jobs(experiment, config, rows):
@@ -308,14 +326,6 @@ def run_jobs(jobs, config, threads, known):
 
 # --- The program
 
-def known_seconds(rows):
-    """{row: mean seconds of training} of results."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row["row"]].append(60 * float(row["minutes"] or 0))
-    return {name: mean(seconds) for name, seconds in found.items() if mean(seconds)}
-
-
 def say_what_would_be_run(jobs, config, known):
     total = 0
     for job in jobs:
@@ -344,8 +354,9 @@ def show(experiment, rows, results_dir):
 
 def main():
     config, _ = parse(CompareConfig, __doc__)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores Ctrl-C
-        signal.signal(number, signal.default_int_handler)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a shell's background job ignores Ctrl-C
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     results = Path(config.results_dir)
     with user_errors():
         cores = os.cpu_count() or 1
@@ -353,9 +364,13 @@ def main():
         experiments = [ex.load(path) for path in config.experiments]
         jobs, known = [], {}
         for experiment in experiments:
+            check_flags(experiment)
             rows = measured.read_results(results / f"{experiment.name}.csv")
-            known |= known_seconds(rows)
+            known |= measured.known_seconds(rows)
             jobs += find_jobs(experiment, config, rows)
+            if old := measured.outdated(experiment, rows):
+                print(f"{experiment.name}: {', '.join(old)} measured with other code or flags: "
+                      "--again measures anew")
     if config.dry_run:
         say_what_would_be_run(jobs, config, known)
         return

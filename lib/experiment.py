@@ -73,31 +73,32 @@ class Experiment:
         """Raises ValueError, one line that names what is wrong."""
         if not all(isinstance(row, dict) for row in self.row):
             raise ValueError("a row is not a table: begin it with a line [[row]]")
-        self.row = [from_dict(Row, {"name": "", **row}) for row in self.row]
+        self.row = [row_of(row) for row in self.row]
         names = [row.name for row in self.row]
         for row in self.row:
-            if not row.name or "," in row.name or names.count(row.name) > 1:
-                raise ValueError(f"each row needs a name of its own without a comma, not "
-                                 f"{row.name!r}")
+            if names.count(row.name) > 1:
+                raise ValueError(f"two rows have the name {row.name!r}: give each its own")
             for key in ("match", "init_from", "run_of"):
                 wanted = getattr(row, key)
                 if wanted and wanted not in names[:names.index(row.name)]:
                     raise ValueError(f"row {row.name!r} has {key}={wanted!r}, which is no row "
                                      "above it: name one")
+            if row.run_of and self.named(row.run_of).run_of:
+                raise ValueError(f"row {row.name!r} has run_of={row.run_of!r}, which has no run of "
+                                 "its own: name the row that has")
             for seed in self.seeds_of(row):
-                if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-                    raise ValueError(f"seed {seed!r} is no whole number from 0 on")
-            for change in row.change:
-                if not (isinstance(change, list) and len(change) == 3):
-                    raise ValueError(f"row {row.name!r} has the change {change!r}: write "
-                                     "[file, old text, new text]")
+                if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2 ** 31:
+                    raise ValueError(f"seed {seed!r} is no whole number from 0 to 2147483647")
             self.cells(row)
         if not self.row or not self.seeds:
             raise ValueError("it needs at least one row and one seed")
         if not (self.ask or self.measure or self.until):
             raise ValueError("it measures nothing: give ask, measure or until")
-        if self.ask:
+        if self.ask or any(row.ask for row in self.row):
             parse_tasks(self.tasks)
+        for figure in self.until.values():
+            if not isinstance(figure, (int, float)) or not math.isfinite(figure):
+                raise ValueError(f"until has the figure {figure!r}: use a number")
 
     def named(self, name):
         return next(row for row in self.row if row.name == name)
@@ -109,7 +110,7 @@ class Experiment:
         """{length: questions of each task} that a row is asked, the shortest first."""
         found = {}
         for lengths, n in {**self.ask, **row.ask}.items():
-            if not isinstance(n, int) or n < 1:
+            if not isinstance(n, int) or isinstance(n, bool) or n < 1:
                 raise ValueError(f"ask has {n!r} questions of {lengths}: use a number from 1 on")
             found |= {length: n for length in parse_lengths(lengths)}
         longest = parse_length(row.longest) if row.longest else float("inf")
@@ -125,7 +126,7 @@ class Experiment:
 
     def wanted(self, row, seed):
         """What is to be measured of a row and a seed: the keys (measure, task, length, n)."""
-        tasks = parse_tasks(self.tasks) if self.ask else []
+        tasks = parse_tasks(self.tasks) if self.tasks else []
         keys = [("accuracy", task, length, n) for length, n in self.cells(row).items()
                 for task in tasks]
         if row.asked and not row.run_of:
@@ -133,6 +134,38 @@ class Experiment:
             keys += [(minutes_until(column, figure), "", "", 0)
                      for column, figure in self.until.items()]
         return keys
+
+
+def row_of(values):
+    """The Row of a table [[row]]. Raises ValueError that names it."""
+    name = values.get("name")
+    if not isinstance(name, str) or not name.strip() or "," in name or "\n" in name:
+        raise ValueError(f"each row needs a name, in one line and without a comma, not {name!r}")
+    try:
+        row = from_dict(Row, values)
+        flags_of(row.flags), flags_of(row.ask_flags)
+        if row.run_of:
+            for key in ("flags", "preset", "match", "init_from", "code", "change"):
+                if getattr(row, key):
+                    raise ValueError(f"run_of trains nothing: leave out {key}, or run_of")
+        for change in row.change:
+            if not (isinstance(change, list) and len(change) == 3
+                    and all(isinstance(part, str) for part in change)):
+                raise ValueError(f"the change {change!r} should be [file, old text, new text]")
+    except ValueError as e:
+        raise ValueError(f"row {name!r}: {e}") from None
+    return row
+
+
+def flags_of(text):
+    """{name: value} of flags, "--n_layer=2 --memory=none". Raises ValueError."""
+    flags = {}
+    for word in shlex.split(text):
+        name, is_given, value = word.removeprefix("--").partition("=")
+        if not (word.startswith("--") and is_given):
+            raise ValueError(f"the flag {word!r} should be --name=value")
+        flags[name] = value
+    return flags
 
 
 def minutes_until(column, figure):
@@ -146,13 +179,16 @@ def load(path):
         missing = {"title", "preset", "seeds", "row"} - set(values)
         if missing:
             raise ValueError(f"it has no {sorted(missing)[0]}")
+        if "name" in values:
+            raise ValueError("name is not known: the file's name is the experiment's")
         found = from_dict(Experiment, {"name": Path(path).stem, **values})
         for row in found.row:
             load_preset(found.preset_of(row))
             if row.code and not (Path(row.code) / "train.py").is_file():
                 raise ValueError(f"row {row.name!r} has code={row.code!r}, where no train.py is")
-            changed_files(row)
-    except ValueError as e:
+            for name, text in changed_files(row).items():
+                compile(text, name, "exec")
+    except (ValueError, SyntaxError) as e:
         raise ValueError(f"{path}: {e}") from None
     return found
 
@@ -166,8 +202,11 @@ def digest(*parts):
 
 def changed_files(row):
     """{path: text} of the files that a row changes. Raises ValueError, OSError."""
-    texts = {}
+    texts, known = {}, {*CODE, *(name for names in CODE_OF_DATA.values() for name in names)}
     for name, old, new in row.change:
+        if name not in known:
+            raise ValueError(f"row {row.name!r} changes {name}, which does not count as part of a "
+                             f"run: change one of {', '.join(sorted(known))}")
         text = texts.get(name) or read_utf8(Path(row.code or ROOT) / name)
         if text.count(old) != 1:
             raise ValueError(f"row {row.name!r} changes {old!r}, which is {text.count(old)} times "
@@ -275,13 +314,10 @@ def answers_folder(row, folder):
 
 def planned_tokens(experiment, row):
     """The tokens that training a row takes: those of all its steps."""
-    values = load_preset(experiment.preset_of(row))
-    for word in shlex.split(row.flags):
-        name, _, value = word.removeprefix("--").partition("=")
-        values[name] = value
-    config = {"max_iters": 1500, "batch_size": 6, "n_segments": 4, "block_size": 64} | values
-    return math.prod(int(config[name]) for name in ("max_iters", "batch_size", "n_segments",
-                                                    "block_size"))
+    usual = {"max_iters": 1500, "batch_size": 6, "n_segments": 4, "block_size": 64,
+             "gradient_accumulation_steps": 1}
+    config = usual | load_preset(experiment.preset_of(row)) | flags_of(row.flags)
+    return math.prod(int(config[name]) for name in usual)
 
 
 def steps(folder):

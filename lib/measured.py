@@ -5,7 +5,9 @@ figure, with what gave it.
 import csv
 import io
 import json
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 from data.babilong import parse_length, parse_tasks
 from data.files import atomic_open, read_utf8
@@ -21,15 +23,24 @@ COLUMNS = ("experiment", "row", "seed", "measure", "task", "length", "n", "right
 # --- The files
 
 def read_results(path, columns=COLUMNS):
-    """The rows of a CSV file, dicts of text; [] where there is none. Raises ValueError."""
+    """
+    The rows of a CSV file, dicts of text; [] where there is none. columns: those it must have,
+    None: any. Raises ValueError.
+    """
     if not Path(path).exists():
         return []
     reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
     rows = list(reader)
-    whole = all(None not in row and None not in row.values() for row in rows)
-    if tuple(reader.fieldnames or ()) != columns or not whole:
-        raise ValueError(f"{path} has other columns than this program writes, or is damaged: mend "
-                         "it, or move it away")
+    try:
+        if columns and tuple(reader.fieldnames or ()) != columns:
+            raise ValueError("other columns than this program writes")
+        for row in rows:
+            if None in row or None in row.values():
+                raise ValueError("a row of another length")
+            int(row["seed"]), int(row.get("n") or 0), float(row.get("minutes") or 0)
+            parse_length(row["length"]) if columns and row["length"] else None
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{path} is damaged or foreign ({e}): mend it, or move it away") from None
     return rows
 
 
@@ -51,6 +62,21 @@ def missing(experiment, row, seed, rows, again=False):
              if (old["row"], old["seed"]) == (row.name, str(seed))
              and (old["run"] == run or not again)}
     return [key for key in experiment.wanted(row, seed) if key not in found]
+
+
+def known_seconds(rows):
+    """{row: mean seconds of training} of results."""
+    found = defaultdict(list)
+    for row in rows:
+        found[row["row"]].append(60 * float(row["minutes"] or 0))
+    return {name: mean(seconds) for name, seconds in found.items() if mean(seconds)}
+
+
+def outdated(experiment, rows):
+    """The names of the rows that were measured with other code or flags than today's."""
+    current = {row.name: ex.run_id(experiment, row) for row in experiment.row}
+    return list(dict.fromkeys(row["row"] for row in rows
+                              if row["row"] in current and row["run"] != current[row["row"]]))
 
 
 def merged(experiment, rows, new):
@@ -82,9 +108,9 @@ def save(experiment, row, seed, keys, folder, results_dir):
     if row.run_of:
         return
     log = [{"row": row.name, "seed": str(seed), **line} for line in evaluations(folder)]
-    columns = tuple(log[0])
-    others = [line for line in read_results(log_path, columns)
+    others = [line for line in read_results(log_path, None)
               if (line["row"], line["seed"]) != (row.name, str(seed))]
+    columns = tuple(dict.fromkeys(name for line in [*others, *log] for name in line))
     names = [row.name for row in experiment.row] + [line["row"] for line in others]
     write_results(log_path, sorted(others + log, key=lambda line: (
         names.index(line["row"]), int(line["seed"]), int(line["step"]))), columns)

@@ -95,7 +95,8 @@ class Lab:
                    '[[row]]\nname = "asked otherwise"\nrun_of = "wide"\nask_flags = "--rag=10"')
 
     def write(self, *rows, head=HEAD):
-        text = head + "\n".join(f'{row}\ncode = "quick"\n' for row in rows)
+        code = 'code = "quick"\n'
+        text = head + "\n".join(f"{row}\n{'' if 'run_of' in row else code}" for row in rows)
         (self.folder / "mine.toml").write_text(text)
 
     def call(self, capsys, monkeypatch, *flags):
@@ -211,7 +212,7 @@ def ignore_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_is_stopped_goes_on(lab, run, number):
     lab.write('[[row]]\nname = "base"\nflags = "--slow"')
     script = "import compare; compare.POLL = 0.02; compare.main()"
@@ -266,6 +267,7 @@ def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run)
     (lab.folder / "quick/lm2.py").write_text("changed = True\n")
     code, out, _ = run("--seeds=1")
     assert code == 0 and lab.calls() == calls
+    assert "mine: base, wide, asked otherwise measured with other code or flags: --again" in out
     assert "| base (as of " in out and "| base |" not in out
     before = {row["run"] for row in lab.results()}
     code, out, _ = run("--seeds=1", "--again", "--only=base", "--jobs=1")
@@ -303,6 +305,16 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
     (lab.folder / "mine.toml").write_text("title =")
     assert is_one_line(*[run()[i] for i in (0, 2)], "mine.toml")
     assert lab.calls() == []
+
+
+@pytest.mark.parametrize("row, named", [
+    ('flags = "--mem_slot=8"', "row 'a': mem_slot is not known"),
+    ('flags = "--mem_slots=0"', "mem_slots=0"), ('flags = "--max_iters=abc"', "max_iters=abc"),
+    ('ask_flags = "--ragg=10"', "ragg is not known"), ('ask_flags = "--rag=-1"', "rag=-1")])
+def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab, run, row, named):
+    (lab.folder / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "a"\n{row}\n')
+    code, _, err = run("--dry_run")
+    assert is_one_line(code, err, named, "mine")
 
 
 def test_it_needs_an_experiment(capsys, monkeypatch):
