@@ -90,7 +90,7 @@ change = [["lm2.py", "wide(C).tanh()", "wide(C).sigmoid()"]]
     ("row = [1]\n" + HEAD, "begin it with a line [[row]]"),
     (HEAD + ROWS.replace('match = "LM2"', 'match = "RAG"'), "match='RAG', which is no row above"),
     (HEAD + ROWS + '[[row]]\nname = "a"\ncode = "nowhere"', "code='nowhere', where no train.py is"),
-    (HEAD + ROWS + '[[row]]\nname = "a"\nchange = ["lm2.py"]', "should be [file, old text, new text]"),
+    (HEAD + ROWS + '[[row]]\nname = "a"\nchange = ["lm2.py"]', "should be [file, old text, new"),
     (HEAD + ROWS + '[[row]]\nname = "a"\nchange = [["lm2.py", "self", "me"]]', "be there once"),
     (HEAD + ROWS + '[[row]]\nname = "a"\nchange = [["lm2.py", "self", 2]]', "[file, old text, new"),
     (HEAD + ROWS + '[[row]]\nname = "a"\nchange = [["/tmp/x.py", "a", "b"]]', "changes /tmp/x.py"),
