@@ -267,7 +267,7 @@ WIDE = "x = " + "1" * 97
     (long_files, {"lib/config.py": "\n" * 401}, "lib/config.py has 401 lines"),
     (long_readme, {"README.md": "\n" * 181}, "README.md has 181 lines"),
     (long_readme, {"README.md": "x" * 14_337}, "README.md has 14337 bytes"),
-    (crowded_top_level, {f"program{i}.py": "" for i in range(11)}, "21 entries"),
+    (crowded_top_level, {f"program{i}.py": "" for i in range(12)}, "21 entries"),
 ])
 def test_what_breaks_the_house_is_named(house, check, files, complaint):
     write_files(house, files)

@@ -166,7 +166,7 @@ def test_a_marker_that_is_wrong_is_named_in_one_line(checkout, text, message):
 
 @pytest.mark.parametrize("content, message", [
     (",".join(COLUMNS) + "\n", "nothing was measured yet"),
-    (",".join(COLUMNS[:-1]) + "\n", "has other columns"),
+    (",".join(COLUMNS[:-1]) + "\n", "other columns"),
     (",".join(COLUMNS) + "\nmade_up,LM2,1\n", "is damaged")])
 def test_a_file_of_an_experiment_that_says_nothing_is_named(checkout, content, message):
     (checkout / "results" / "small.csv").write_text(content)
