@@ -181,10 +181,10 @@ class Programs:
         for process in list(self.running):
             process.send_signal(signal.SIGINT)
 
-    def call(self, program, flags, output, watch):
+    def call(self, program, flags, output, lock, watch=lambda: None):
         """
-        Run a Python program; watch() is called every POLL seconds. Raises Failed, and
-        KeyboardInterrupt where it was stopped.
+        Run a Python program; watch() is called every POLL seconds. The program keeps the lock of
+        its run, should this one be killed. Raises Failed, KeyboardInterrupt where it was stopped.
         """
         if self.stopped:
             raise KeyboardInterrupt
@@ -192,7 +192,8 @@ class Programs:
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", encoding="utf-8") as f:
             process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
-                                       stderr=f, start_new_session=True)
+                                       stderr=f, start_new_session=True,
+                                       pass_fds=[lock.fileno()] if fcntl else [])
         self.running.add(process)
         try:
             while process.poll() is None:
@@ -214,14 +215,14 @@ class Programs:
 
 @contextmanager
 def locked(folder):
-    """A run is for one compare.py at a time. Raises Failed."""
+    """A run is for one compare.py at a time -> the lock, an open file. Raises Failed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as f:
         try:
             fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Failed(f"another compare.py works on {folder}: wait for it") from None
-        yield
+        yield f
 
 
 class Work:
@@ -239,12 +240,12 @@ class Work:
             training, asking = job.seconds(self.known)
             share = training / max(training + asking, 1e-9)
             self.wait_for_runs(job)
-            with self.folders[job.folder], locked(job.folder):
+            with self.folders[job.folder], locked(job.folder) as lock:
                 if not job.trained:
-                    self.train(job, share)
+                    self.train(job, share, lock)
                 job.done = share
                 self.record(job, [key for key in job.keys if key[0] != "accuracy"])
-                self.ask(job, share)
+                self.ask(job, share, lock)
         except (Failed, OSError, ValueError, LookupError) as e:
             self.failed[job.name] = str(e)
         finally:
@@ -274,7 +275,7 @@ class Work:
                     raise KeyboardInterrupt
                 time.sleep(POLL)
 
-    def train(self, job, share):
+    def train(self, job, share, lock):
         """Train the run of a job, or go on with it; the time is noted in times.csv."""
         flags = ex.train_flags(job.experiment, job.row, job.seed, self.config.out_dir)
         times = job.folder / "times.csv"
@@ -289,16 +290,16 @@ class Work:
             job.done = share * step / last
 
         output = job.folder.with_name(f"{job.folder.name}.txt")
-        self.programs.call(self.code_of(job) / "train.py", flags, output, watch)
+        self.programs.call(self.code_of(job) / "train.py", flags, output, lock, watch)
 
-    def ask(self, job, share):
+    def ask(self, job, share, lock):
         """Ask the run of a job what is missing, and record it, length by length."""
         output = job.folder.with_name(f"{job.folder.name}-answers.txt")
         total = sum(n * parse_length(length) for length, n in job.questions)
         for length, n in job.questions:
             flags = ex.ask_flags(job.experiment, job.row, job.folder, length, n)
             program = self.code_of(job) / "eval_babilong.py"
-            self.programs.call(program, flags, output, lambda: None)
+            self.programs.call(program, flags, output, lock)
             self.record(job, [key for key in job.keys if key[2] == length])
             job.done += (1 - share) * n * parse_length(length) / max(total, 1)
 

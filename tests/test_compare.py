@@ -212,9 +212,10 @@ def ignore_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_what_is_stopped_goes_on(lab, run, number):
-    lab.write('[[row]]\nname = "base"\nflags = "--slow"')
+@pytest.fixture
+def begun(lab):
+    """A compare.py in a process of its own, whose training waits in step 2 -> process, its log"""
+    lab.write('[[row]]\nname = "base"\nflags = "--slow=1"')
     script = "import compare; compare.POLL = 0.02; compare.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "mine.toml", "--seeds=1", "--jobs=1"], cwd=lab.folder,
@@ -228,6 +229,13 @@ def test_what_is_stopped_goes_on(lab, run, number):
             break
         time.sleep(0.02)
     assert log, "the run has not begun"
+    yield process, log
+    subprocess.run(["pkill", "-f", str(log.parent.name)])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_is_stopped_goes_on(lab, run, begun, number):
+    process, log = begun
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "stopped; the same command goes on" in err
@@ -237,6 +245,15 @@ def test_what_is_stopped_goes_on(lab, run, number):
     assert code == 0, err
     assert "--resume" in lab.calls()[1] and measured.elapsed(log.parent)[-1][0] > before
     assert len(lab.results()) == 4 + 2
+
+
+def test_a_training_whose_compare_was_killed_is_not_begun_twice(lab, run, begun):
+    process, log = begun
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    code, _, err = run("--seeds=1")
+    assert code == 1 and "another compare.py works on" in err and len(lab.calls()) == 1
 
 
 def test_what_was_answered_is_recorded_length_by_length(lab, run):
