@@ -150,11 +150,12 @@ def find_jobs(experiment, config, rows):
     for name in only:
         if name not in names:
             raise ValueError(f"only={name} is no row of {experiment.name}: use {', '.join(names)}")
+    known = sorted({seed for row in experiment.row for seed in experiment.seeds_of(row)})
+    if set(seeds) - set(known):
+        raise ValueError(f"seeds={config.seeds} are not all of {experiment.name}: use "
+                         f"{', '.join(map(str, known))}")
     chosen = [(row, seed) for row in experiment.row for seed in experiment.seeds_of(row)
               if (not only or row.name in only) and (not seeds or seed in seeds)]
-    if not chosen:
-        raise ValueError(f"seeds={config.seeds} are none of {experiment.name}: use "
-                         f"{', '.join(map(str, experiment.seeds))}")
     keys = {(row.name, seed): measured.missing(experiment, row, seed, rows, config.again)
             for row, seed in chosen}
     jobs = []
