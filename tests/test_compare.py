@@ -304,7 +304,7 @@ def test_results_of_other_seeds_and_rows_stay(lab, run):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--only=nothing"], "only=nothing"), (["--seeds=1,9"], "seeds=1,9"), (["--seeds=a"], "seeds=a"),
+    (["--only=none"], "only=none"), (["--seeds=1,9"], "seeds=1,9"), (["--seeds=a"], "seeds=a"),
     (["--jobs=-1"], "jobs=-1"), (["nowhere.toml"], "nowhere.toml"), (["--job=1"], "--job=1")])
 def test_bad_flags_are_refused_in_one_line(lab, run, flags, named):
     code, _, err = run(*flags)
