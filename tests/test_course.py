@@ -107,7 +107,7 @@ class Outcome(NamedTuple):
 def run_tests(folder, *args):
     """Run tests in a folder -> their Outcome"""
     report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line",
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--tb=line",
                f"--junitxml={report}", *args]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
