@@ -180,8 +180,7 @@ def window_attention(q, k, v, T, pos=0, within_segment=False):
     within_segment, a bool or tensor (): attention ends at the segment's border
     -> (B, L, nh * hs)"""
     L, past, begun = q.size(1), k.size(1) - q.size(1), pos % T
-    # the tokens up to the end of a segment that was begun before, or of the first one
-    n_first = min(T - begun, L)
+    n_first = min(T - begun, L)  # tokens up to the end of the segment that was begun before
     mask = None
     if n_first > 1 or within_segment is not False:  # one token alone sees all that is kept
         mask = causal_mask(n_first, past + n_first, T, q.device, (past - begun) * within_segment)
@@ -263,8 +262,7 @@ class MemoryBank(nn.Module):
         """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
         c, bank = self.config, self.norm(M)
         keys = norm_heads(wide(self.w_k(bank)).unflatten(-1, (c.n_head, c.head_dim)), c)
-        values = wide(self.w_v(bank)).unflatten(-1, (c.n_head, c.head_dim))
-        return keys, values
+        return keys, wide(self.w_v(bank)).unflatten(-1, (c.n_head, c.head_dim))
 
     def read(self, h, keys, values):
         """E_mem: each token asks the slots (Eq. 1-2). h (B, S, L, D); keys and values
@@ -344,6 +342,8 @@ class MemoryBank(nn.Module):
             tokens = Tokens._make(torch.cat(pair, dim=1) for pair in zip(state.unwritten, tokens))
         n_segments, n_whole = math.ceil((begun + L) / T), (begun + L) // T
         end = n_whole * T
+        require(repeats is None or repeats.shape == (len(h), n_segments),
+                f"repeats must have the shape (B, S), here {(len(h), n_segments)}")
         # write: the bank after each whole segment, and what the next segment reads of it
         M, slot_keys, slot_values = state.M[:, None], state.keys[:, None], state.values[:, None]
         if n_whole:

@@ -174,8 +174,9 @@ def parse(cls, description, argv=None):
             values |= preset
         if unknown:
             name = re.split(r"[= ]", unknown[0].lstrip("-"))[0]
-            nearest, = get_close_matches(name, known, n=1, cutoff=0)
-            raise ValueError(f"unknown key {unknown[0]}: did you mean --{nearest}? "
+            near, = get_close_matches(name, [*known, "config"], n=1, cutoff=0)
+            near = f"config={name}" if name.endswith(".toml") else near
+            raise ValueError(f"unknown key {unknown[0]}: did you mean --{near}? "
                              "(--help lists all)")
         for name, value in vars(flags).items():
             if name in known and value is not MISSING and value != []:

@@ -121,6 +121,7 @@ def test_help_has_a_line_on_each_field_in_groups(capsys):
     (["--auto=2"], "auto=2"), (["stray"], "stray"), ([""], "unknown"), (["-w", "3"], "-w"),
     (["--wid=3"], "--width"), (["--width = 3"], "--width"), (["--config"], "config"),
     (["--config=none.toml"], "none.toml"), (["--config="], "config"), (["--config=/"], "/"),
+    (["config/a.toml"], "did you mean --config=config/a.toml?"), (["--conf=a"], "mean --config?"),
 ], ids=lambda value: str(value)[:40])
 def test_a_wrong_flag_is_said_in_one_line(capsys, args, named):
     assert named in refused(capsys, Config, *args)

@@ -216,6 +216,14 @@ def test_a_segment_may_be_written_often_in_any_chunks():
     torch.testing.assert_close(torch.cat((first, rest), dim=1), whole)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (1, 4), (2, 1), (4,)], ids=str)
+def test_repeats_say_how_often_each_segment_counts(shape):
+    config = LM2Config(vocab_size=11, n_layer=1, n_embd=D, n_head=HEADS, block_size=T,
+                       mem_slots=N)
+    with pytest.raises(ValueError, match=r"^repeats must have the shape \(B, S\), here \(2, 4\)$"):
+        LM2(config)(torch.zeros(2, 3 * T + 1, dtype=torch.long), repeats=torch.ones(shape))
+
+
 @pytest.mark.parametrize("kwargs", [ALIGNED, dict(memory="none"), dict(memory="rmt")], ids=str)
 def test_time_dilation_needs_the_attend_write(kwargs):
     config = LM2Config(vocab_size=11, n_layer=1, n_embd=D, n_head=HEADS, block_size=T, **kwargs)
