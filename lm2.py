@@ -43,6 +43,9 @@ class LM2Config:
     qk_norm: bool = True         # RMSNorm on queries and keys
     norm_eps: float = 1e-5       # added to the mean square in every RMSNorm
     rope_theta: float = 10000.0  # base of the rotary angles
+    rope_factor: float = 1.0     # Llama 3's rope scaling: the slow angles turn so much more slowly
+    rope_context: int = 8192     # tokens of a text before that scaling
+    tie_head: bool = False       # the head has the embedding's weights
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
     # memory
     memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
@@ -69,7 +72,7 @@ class LM2Config:
         """Raises ValueError, one line that says what to change, for what cannot work."""
         value = vars(self)
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "mlp_ratio",
-                     "norm_eps", "rope_theta", "mem_slots"):
+                     "norm_eps", "rope_theta", "rope_factor", "rope_context", "mem_slots"):
             require(0 < value[name] < math.inf, f"{name}={value[name]} must be above 0")
         for name in ("dropout", "window_dropout"):
             require(0 <= value[name] < 1, f"{name}={value[name]} must be from 0 to below 1")
@@ -127,13 +130,18 @@ def wide(x):
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def rope_angles(pos, length, head_dim, theta, device):
-    """Rotary angles of the positions from pos on: cos and sin, (length, 1, head_dim) each; sin is
+def rope_angles(pos, length, config, device):
+    """Rotary angles of the positions from pos on: cos and sin, (length, 1, hs) each; sin is
     negative in its first half, see `rotate`. In float64, so that they are exact at any position."""
+    c = config
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     arange = partial(torch.arange, dtype=torch.float64, device=where)
-    frequencies = theta ** (-arange(0, head_dim, 2) / head_dim)
-    angles = arange(pos, pos + length)[:, None, None] * frequencies     # (length, 1, head_dim / 2)
+    frequencies = c.rope_theta ** (-arange(0, c.head_dim, 2) / c.head_dim)
+    if c.rope_factor != 1:  # of Llama 3: for what turns less than once in rope_context, in full;
+        turns = c.rope_context * frequencies / (2 * math.pi)  # from four times on not at all
+        kept = ((turns - 1) / 3).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / c.rope_factor)
+    angles = arange(pos, pos + length)[:, None, None] * frequencies     # (length, 1, hs / 2)
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
     sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
     return cos.float().to(device), sin.float().to(device)
@@ -417,6 +425,8 @@ class LM2(nn.Module):
                                     for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = linear(config.n_embd, config.vocab_size)
+        if config.tie_head:
+            self.head.weight = self.embedding.weight
         self.init_weights()
 
     @torch.no_grad()
@@ -424,7 +434,8 @@ class LM2(nn.Module):
         """
         linear layers       normal, std 1/sqrt(fan_in); biases zero
         embedding           normal, std 0.5; slot queries normal, std 1
-        head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first
+        head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first;
+                            a tied head has a linear layer's weights
         gates               zero weights, so that they start at their biases: input and output gate
                             half open (closed, they hide the gradient), forget gate +2 (0.88)
         everything else     as PyTorch makes it: gains are one"""
@@ -435,7 +446,8 @@ class LM2(nn.Module):
                 module.weight.normal_(std=module.in_features ** -0.5)
                 if module.bias is not None:
                     module.bias.zero_()
-        self.head.weight.zero_()
+        if not self.config.tie_head:
+            self.head.weight.zero_()
         for bank in (block.memory for block in self.blocks if block.memory):
             for layer in (bank.w_v, bank.w_in, bank.w_forget, bank.w_out):
                 layer.weight.zero_()
@@ -469,7 +481,7 @@ class LM2(nn.Module):
         self.check(idx, repeats)
         c, length = self.config, idx.size(1)
         state = state or self.initial_state(len(idx))
-        rope = rope_angles(state.pos, length, c.head_dim, c.rope_theta, idx.device)
+        rope = rope_angles(state.pos, length, c, idx.device)
         within_segment = self.draw_window_dropout(idx.device)
         x, layers = self.dropout(self.embedding(idx)), []
         for block, layer in zip(self.blocks, state.layers):

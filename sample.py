@@ -23,6 +23,7 @@ class SampleConfig:
     # text
     out_dir: str = "out/shakespeare"  # folder of the run
     start: str = ""                   # the prompt, or FILE:path
+    special: bool = False             # <|im_start|> and the like are special tokens in the prompt
     num_samples: int = 1              # texts to write
     max_new_tokens: int = 500         # tokens in each
     temperature: float = 0.8          # 0: always the likeliest token; 1: as the model says
@@ -53,7 +54,10 @@ def main():
         if start.startswith("FILE:"):
             start = read_utf8(start.removeprefix("FILE:"))
         start = start.removeprefix("\ufeff")  # a byte order mark
-        prompt = torch.tensor([prompt_ids(tokenizer, start)], device=device)
+        if config.special and tokenizer.kind != "hf":
+            raise ValueError(f"special=True needs a pretrained model's tokenizer, and "
+                             f"{config.out_dir} has {tokenizer.kind}: leave it out")
+        prompt = torch.tensor([prompt_ids(tokenizer, start, config.special)], device=device)
     torch.manual_seed(config.seed)
     for number in range(config.num_samples):
         if number:

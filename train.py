@@ -22,10 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.curriculum import open_stories, right_answers
+from data.curriculum import right_answers
 from data.files import write_json
-from data.pairs import open_pairs
-from data.text import check_length, digest, open_text
+from data.text import digest
 from lib import checkpoint, run
 from lib.config import at_least, below, parse, user_errors
 from lib.device import autocast, pick_compile, pick_device, pick_dtype, to_device
@@ -70,7 +69,8 @@ class TrainConfig(LM2Config):
     compile: bool | None = None   # torch.compile the model; auto: on a GPU
     # run
     out_dir: str = "out/DATASET"  # folder of the run
-    init_from: str = ""           # folder of a run whose weights this one begins with
+    init_from: str = ""           # folder of a run whose weights and shape this one begins with
+    freeze: str = ""              # decoder: the banks alone are trained
     match_params: str = ""        # folder of a run: widen the MLP to as many parameters, within 2%
     resume: bool = False          # go on where the run in out_dir stopped, as it was configured
     overwrite: bool = False       # replace the run in out_dir
@@ -90,6 +90,9 @@ class TrainConfig(LM2Config):
                 raise ValueError(f"{name} is empty: name shakespeare or a text file")
             if value not in ("shakespeare", "babilong", "pairs"):
                 setattr(self, name, str(Path(value).resolve()))
+        if self.freeze not in ("", "decoder") or self.freeze and not self.n_banks:
+            raise ValueError(f"freeze={self.freeze} is not known, or there is no bank: use "
+                             "decoder, with memory=lm2")
         if not self.out_dir.strip():
             raise ValueError("out_dir is empty: name a folder, or leave it out")
         if self.out_dir == "out/DATASET":
@@ -98,18 +101,6 @@ class TrainConfig(LM2Config):
     def model_config(self):
         """The part that describes the model."""
         return LM2Config(**{f.name: getattr(self, f.name) for f in fields(LM2Config)})
-
-
-def open_data(config, tokenizer=None):
-    """
-    The data set of a run (a data.dataset.Dataset), with the tokenizer of a run that goes on.
-    Raises ValueError or OSError, one line that says what to do.
-    """
-    if config.dataset in ("babilong", "pairs"):
-        return (open_stories if config.dataset == "babilong" else open_pairs)(config, tokenizer)
-    text = open_text(config.dataset, config.tokenizer, config.vocab_size, tokenizer)
-    check_length(text, config.n_segments * config.block_size)
-    return text
 
 
 def setup():
@@ -126,13 +117,15 @@ def setup():
         elif any((out_dir / name).exists() for name in checkpoint.FILES) and not config.overwrite:
             raise ValueError(f"there is a run in {out_dir}: --resume goes on with it, --overwrite "
                              "replaces it, --out_dir goes elsewhere")
+        elif config.init_from:
+            config, tokenizer = run.begun_from(config, given)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
         # rank 0 prepares the data, and finds what is wrong with it, while the others wait
-        data = open_data(config, tokenizer) if rank == 0 else None
+        data = run.open_data(config, tokenizer) if rank == 0 else None
         if world > 1:
             device, dtype = run.join_processes(device, dtype)
-        data = data or open_data(config, tokenizer)
+        data = data or run.open_data(config, tokenizer)
         vocab_size = data.tokenizer.n_vocab
         if "vocab_size" in given and config.vocab_size != vocab_size:
             raise ValueError(f"vocab_size={config.vocab_size} does not fit tokenizer "
@@ -210,6 +203,7 @@ def main():
     # the model and its optimizers, new, from another run, or where this run stopped
     torch.manual_seed(config.seed)
     raw_model = checkpoint.make_model(config.model_config()).to(device)
+    run.freeze(raw_model, config.freeze)
     optimizers = make_optimizers(raw_model, config.learning_rate, config.adam_lr,
                                  config.weight_decay, config.momentum)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
@@ -220,7 +214,7 @@ def main():
         if config.resume:
             step, best_val_loss = run.restore(config, data, raw_model, optimizers)
         elif config.init_from:
-            raw_model.load_state_dict(run.initial_weights(config, data.tokenizer))
+            raw_model.load_state_dict(run.initial_weights(config))
         log = Log(out_dir / "log.csv", data.columns, step)
         checkpoint.make_folder(out_dir, 40 * n_parameters + 2_000_000)  # ckpt.pt twice, best.pt
     model = torch.compile(raw_model) if config.compile else raw_model

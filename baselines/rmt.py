@@ -82,7 +82,7 @@ class RMT(LM2):
         T, m = c.block_size, c.mem_slots
         pos, memory_tokens, layers = state or self.initial_state(len(idx))
         # positions count inside the segment: the last of a million segments looks like the first
-        rope = rope_angles(0, m + T + m, c.head_dim, c.rope_theta, idx.device)
+        rope = rope_angles(0, m + T + m, c, idx.device)
         features, borders = [], tuple(range(T - pos % T, idx.size(1), T))
         for text in self.dropout(self.embedding(idx)).tensor_split(borders, dim=1):
             n, begins, ends = text.size(1), pos % T == 0, pos % T + text.size(1) == T

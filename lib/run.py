@@ -2,15 +2,19 @@
 import math
 import os
 import signal
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from data.curriculum import open_stories
+from data.pairs import open_pairs
+from data.text import check_length, open_text
 from lib import checkpoint
 from lib.config import from_dict
 from lib.device import memory_of
+from lm2 import LM2Config
 
 RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype",
              "num_workers", "compile", "out_dir", "resume", "overwrite"}
@@ -59,6 +63,18 @@ def join_processes(device, dtype):
     found = [dtype]
     dist.broadcast_object_list(found, device=device)
     return device, found[0]
+
+
+def open_data(config, tokenizer=None):
+    """
+    The data set of a run (a data.dataset.Dataset), with the tokenizer of a run that goes on.
+    Raises ValueError or OSError, one line that says what to do.
+    """
+    if config.dataset in ("babilong", "pairs"):
+        return (open_stories if config.dataset == "babilong" else open_pairs)(config, tokenizer)
+    text = open_text(config.dataset, config.tokenizer, config.vocab_size, tokenizer)
+    check_length(text, config.n_segments * config.block_size)
+    return text
 
 
 class Stop:
@@ -199,17 +215,28 @@ def matched_mlp_ratio(config):
     return ratio
 
 
-def initial_weights(config, tokenizer):
+def begun_from(config, given):
     """
-    The weights of the run in init_from, a state dict. Raises ValueError where its model or its
-    tokenizer is another.
+    init_from: the configuration with that run's shape, and its tokenizer. given: names of what the
+    user said, which stays. Raises ValueError.
     """
-    model, its_tokenizer, _ = checkpoint.load(config.init_from, "cpu")
+    saved = checkpoint.load_config(config.init_from)["train"]
+    shape = {f.name for f in fields(LM2Config) if "dropout" not in f.name}
+    taken = {name: saved[name] for name in (shape | {"tokenizer"}) - given if name in saved}
+    return replace(config, **taken), checkpoint.load_tokenizer(config.init_from)
+
+
+def initial_weights(config):
+    """The weights of the run in init_from, a state dict. Raises ValueError for another shape."""
+    model, _, _ = checkpoint.load(config.init_from, "cpu")
     for name, value in vars(model.config).items():
         if value != getattr(config, name) and "dropout" not in name:
             raise ValueError(f"init_from={config.init_from} has {name}={value}, not "
                              f"{getattr(config, name)}: give --{name}={value}")
-    if its_tokenizer.to_json() != tokenizer.to_json():
-        raise ValueError(f"init_from={config.init_from} has another tokenizer: train both on the "
-                         "same text with the same --tokenizer")
     return model.state_dict()
+
+
+def freeze(model, part):
+    """part: "decoder", all but the banks stays as it is; "": nothing does."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(not part or ".memory." in name)

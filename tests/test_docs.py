@@ -23,7 +23,8 @@ PAGES = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8")
          for path in [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]}
 README = PAGES["README.md"]
 CONFIGS = {"train.py": "TrainConfig", "sample.py": "SampleConfig", "bench.py": "BenchConfig",
-           "eval_babilong.py": "EvalConfig", "compare.py": "CompareConfig"}
+           "eval_babilong.py": "EvalConfig", "compare.py": "CompareConfig",
+           "pretrained.py": "PretrainedConfig"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES)
 

@@ -330,7 +330,8 @@ def test_attention_on_a_cpu_stays_float32_under_autocast():
 
 
 def test_rotary_angles_are_exact_at_position_1000000():
-    cos, sin = rope_angles(1_000_000, 2, 8, 10000.0, torch.device("cpu"))
+    config = LM2Config(vocab_size=11, n_embd=8, n_head=1, mem_slots=4)
+    cos, sin = rope_angles(1_000_000, 2, config, torch.device("cpu"))
     for i in range(4):
         angle = 1_000_001 * 10000.0 ** (-2 * i / 8)
         assert cos[1, 0, i] == pytest.approx(math.cos(angle), abs=1e-7) == cos[1, 0, i + 4]

@@ -100,7 +100,7 @@ def test_state_does_not_grow():
 def test_read_tokens_see_each_other():
     model = make_small()
     memory = torch.randn(1, 4, 16, requires_grad=True)
-    out, _ = model.run(memory, rope_angles(0, T + 8, 8, 10000.0, memory.device), [])
+    out, _ = model.run(memory, rope_angles(0, T + 8, model.config, memory.device), [])
     grad, = torch.autograd.grad(out[0, 0].sum(), memory)
     assert (grad[0].abs().sum(dim=-1) > 0).all()
 

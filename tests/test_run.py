@@ -12,6 +12,7 @@ from data.curriculum import Stories
 from data.tokenizer import make_tokenizer
 from lib import checkpoint, run
 from lib.optim import make_optimizers
+from lm2 import LM2, LM2Config
 from train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -145,16 +146,42 @@ def test_a_checkpoint_of_another_curriculum_is_refused(tmp_path, progress):
 
 # --- A run begins with another one
 
-def test_weights_come_from_a_run_of_the_same_model_and_tokenizer(tmp_path):
+def test_weights_come_from_a_run_of_the_same_model(tmp_path):
     config = saved_run(tmp_path)
     config = replace(config, init_from=str(tmp_path), dropout=0.1)
-    weights = run.initial_weights(config, make_tokenizer("char", "abcdefg", 0))
+    weights = run.initial_weights(config)
     saved = checkpoint.load_file(tmp_path / "best.pt")["model"]
     assert all(torch.equal(p, weights[name]) for name, p in saved.items())
-    with pytest.raises(ValueError, match="another tokenizer"):
-        run.initial_weights(config, make_tokenizer("char", "abcdefh", 0))
     with pytest.raises(ValueError, match="give --n_layer=2"):
-        run.initial_weights(replace(config, n_layer=1), None)
+        run.initial_weights(replace(config, n_layer=1))
+
+
+def test_shape_and_tokenizer_come_from_that_run_but_for_what_is_given(tmp_path):
+    saved = saved_run(tmp_path)
+    other = TrainConfig(init_from=str(tmp_path), n_layer=9, n_embd=24, n_head=1, dropout=0.1)
+    config, tokenizer = run.begun_from(other, {"init_from", "n_layer", "dropout"})
+    own = ("n_layer", "dropout", "window_dropout")
+    taken = {name: value for name, value in vars(saved.model_config()).items() if name not in own}
+    assert config == replace(other, **taken) and config.n_embd == 16
+    assert tokenizer.chars == "abcdefg"
+
+
+def test_a_frozen_decoder_trains_its_banks_alone():
+    torch.manual_seed(0)
+    model = LM2(LM2Config(vocab_size=11, n_layer=2, n_embd=16, n_head=2, block_size=4))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    run.freeze(model, "decoder")
+    optimizers = make_optimizers(model, 0.1, 0.1, 0.1)
+    idx = torch.randint(11, (2, 12))
+    model.head.weight.normal_()
+    before["head.weight"] = model.head.weight.clone()
+    for _ in range(3):
+        model(idx, idx)[1].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".memory." in name}
 
 
 @pytest.mark.parametrize("memory", ["rmt", "none"])

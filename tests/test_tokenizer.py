@@ -2,13 +2,16 @@
 import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import tiktoken
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.tokenizer import (
     SPACES,
     GPT2Tokenizer,
+    HFTokenizer,
     bounded_pieces,
     check_text,
     from_json,
@@ -61,6 +64,48 @@ def test_gpt2_gives_back_any_unicode(gpt2):
     for text in [CORPUS, *ODD, *random_strings(200)]:
         assert gpt2.decode(gpt2.encode(text)) == text
     assert from_json(gpt2.to_json()).n_vocab == gpt2.n_vocab == 257
+
+
+# --- Hugging Face's
+
+TINY = Path(__file__).parent / "tiny_llama/grouped"
+
+
+@pytest.fixture(scope="module")
+def hf():
+    return HFTokenizer(json.loads((TINY / "tokenizer.json").read_text()), 300)
+
+
+def test_hf_gives_back_any_unicode(hf):
+    for text in [CORPUS, *ODD, *random_strings(200)]:
+        ids = hf.encode(text)
+        assert hf.decode(ids) == text and hf.decode_bytes(ids) == text.encode()
+    again = from_json(json.loads(json.dumps(hf.to_json())))
+    assert again.n_vocab == hf.n_vocab == 300 and again.encode(CORPUS) == hf.encode(CORPUS)
+    assert hf.decode_bytes([299]) == b"", "the embedding may have rows without a token"
+
+
+def test_hf_gives_the_ids_of_its_library_and_takes_special_tokens_only_if_asked(hf):
+    for text in json.loads((TINY / "texts.json").read_text()):
+        assert hf.encode(text["text"]) == text["ordinary"]
+        assert hf.encode(text["text"], special=True) == text["ids"]
+    assert hf.encode("<|endoftext|>a", special=True)[0] == 0 not in hf.encode("<|endoftext|>a")
+    assert prompt_ids(hf, "<|im_start|>", special=True) == [1]
+    assert hf.decode([0, 1]) == "<|endoftext|><|im_start|>" == hf.decode_bytes([0, 1]).decode()
+
+
+def test_hf_knows_the_bytes_of_sentencepiece():
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token=None))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False,
+                                  special_tokens=[f"<0x{i:02X}>" for i in range(256)])
+    made.train_from_iterator([LINES], trainer)
+    hf = HFTokenizer(json.loads(made.to_str()) | {"added_tokens": []})
+    for text in ("To be, or not", "naïve 東京"):
+        ids = hf.encode(text)
+        assert hf.decode(ids) == text and hf.decode_bytes(ids) == f" {text}".encode()
 
 
 def test_gpt2_says_what_to_do_without_a_network(monkeypatch):
@@ -140,8 +185,8 @@ def test_the_greatest_vocabulary_that_a_refusal_names_can_be_had():
     assert make_tokenizer("bpe", CORPUS, largest).n_vocab == largest
 
 
-def test_half_of_a_surrogate_pair_is_refused(bpe):
-    for tokenizer in (bpe, make_tokenizer("char", CORPUS, 0)):
+def test_half_of_a_surrogate_pair_is_refused(bpe, hf):
+    for tokenizer in (bpe, hf, make_tokenizer("char", CORPUS, 0)):
         with pytest.raises(ValueError, match=r"character '\\ud800' is [^\n]*: leave it out"):
             tokenizer.encode("\ud800")
 
@@ -193,6 +238,8 @@ def damaged(tokenizer):
         "empty chars": {"kind": "char", "chars": ""},
         "a character twice": {"kind": "char", "chars": "abca"},
         "half of a surrogate pair": {"kind": "char", "chars": "a\ud800"},
+        "no tokenizer": {"kind": "hf", "n_vocab": 3, "tokenizer": {"version": "1.0"}},
+        "no vocabulary size": {"kind": "hf", "tokenizer": {}},
         "no tokens": {"kind": "bpe", "pattern": bpe["pattern"]},
         "a byte is missing": bpe | {"tokens": tokens[1:]},
         "a token twice": bpe | {"tokens": tokens + tokens[-1:]},

