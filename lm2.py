@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 linear = partial(nn.Linear, bias=False)
 
@@ -46,6 +47,7 @@ class LM2Config:
     rope_factor: float = 1.0     # Llama 3's rope scaling: the slow angles turn so much more slowly
     rope_context: int = 8192     # tokens of a text before that scaling
     tie_head: bool = False       # the head has the embedding's weights
+    checkpoint_activations: bool = False  # blocks are computed again in the backward pass
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
     # memory
     memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
@@ -85,6 +87,8 @@ class LM2Config:
                     f"{name}={value[name]} must divide {whole}={value[whole]}")
         require(self.head_dim % 2 == 0,
                 f"n_embd/n_head={self.head_dim} must be even for rotary positions")
+        require(self.memory != "rmt" or not self.checkpoint_activations,
+                "checkpoint_activations=True is not for memory=rmt: leave it out")
         if self.memory != "lm2":
             return
         require(self.attention == "window" or self.window_dropout == 0,
@@ -485,6 +489,8 @@ class LM2(nn.Module):
         within_segment = self.draw_window_dropout(idx.device)
         x, layers = self.dropout(self.embedding(idx)), []
         for block, layer in zip(self.blocks, state.layers):
+            if c.checkpoint_activations and torch.is_grad_enabled():  # less memory, more time
+                block = partial(checkpoint, block, use_reentrant=False)
             x, layer = block(x, state.pos, rope, layer, within_segment, repeats)
             layers.append(layer)
         return self.norm(x), State(state.pos + length, layers)

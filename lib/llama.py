@@ -187,6 +187,7 @@ def open_gguf(path):
     try:
         reader = gguf.GGUFReader(path)
         about = {key: field.contents() for key, field in reader.fields.items()}
+        reader.fields.clear()  # an array for each token: 130 MB of SmolLM2's
     except Exception as e:  # numpy and gguf raise a different type for each kind of damage
         raise ValueError(f"{path} is damaged or no GGUF file ({type(e).__name__}): "
                          "copy it again") from None

@@ -322,6 +322,47 @@ def test_double_precision_runs_whole_and_in_chunks():
     torch.testing.assert_close(in_chunks(model, idx, [T + 3, 2 * T - 2])[0], whole)
 
 
+def test_a_tied_head_is_the_embedding_and_learns():
+    torch.manual_seed(0)
+    model = LM2(LM2Config(vocab_size=13, n_layer=1, n_head=2, n_embd=16, mem_slots=4,
+                          tie_head=True))
+    assert model.head.weight is model.embedding.weight
+    model.load_state_dict(model.state_dict())  # as from a checkpoint
+    optimizer, idx, losses = torch.optim.AdamW(model.parameters(), 0.01), torch.arange(13)[None], []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(idx, idx.roll(-1))[1]
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert model.head.weight is model.embedding.weight
+    assert losses[0] < 1.5 * math.log(13) and losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(memory="none"), dict(attention="full")], ids=str)
+def test_checkpoint_activations_gives_the_same_gradients(kwargs):
+    found = []
+    for checkpointed in (False, True):
+        model = make_small(checkpoint_activations=checkpointed, dropout=0.1, **kwargs).train()
+        idx = torch.randint(13, (2, 3 * T), generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(1)
+        loss = model(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_checkpoint_activations_keeps_no_activations_inside_of_blocks():
+    kept = []
+    for checkpointed in (False, True):
+        model, sizes = make_small(checkpoint_activations=checkpointed, n_layer=4).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
+                                                      lambda x: x):
+            model(torch.randint(13, (2, 3 * T)))[0]
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
+
+
 # --- Parts
 
 def test_attention_on_a_cpu_stays_float32_under_autocast():
@@ -392,6 +433,8 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     (dict(n_layer=0), "n_layer=0"), (dict(dropout=1.0), "dropout=1.0"),
     (dict(dropout=math.nan), "dropout=nan"), (dict(window_dropout=-0.1), "window_dropout=-0.1"),
     (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=math.nan), "rope_theta=nan"),
+    (dict(rope_factor=0.0), "rope_factor=0.0"), (dict(rope_context=0), "rope_context=0"),
+    (dict(memory="rmt", checkpoint_activations=True), "checkpoint_activations=True"),
     (dict(vocab_size=0), "vocab_size=0"), (dict(mlp_ratio=-1.0), "mlp_ratio=-1.0"),
     (dict(window_dropout=0.5, attention="full"), "window_dropout=0.5"),
     (dict(mlp_ratio=math.inf), "mlp_ratio=inf")], ids=str)

@@ -8,6 +8,7 @@ import signal
 import time
 import tomllib
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from data.dataset import EvaluationBatch
 from eval_babilong import EvalConfig
 from lib import checkpoint
 from lib.config import from_dict, parse
+from lib.llama import shape_of
 from lib.run import Stop
 from sample import SampleConfig
 from train import TrainConfig, batches, learning_rate_factor
@@ -721,10 +723,26 @@ def test_every_preset_loads(preset):
     assert config.n_layer >= (2 if config.dataset == "pairs" else 4)
 
 
+def test_the_papers_model_has_its_size():
+    config, _ = parse(TrainConfig, "", [f"--config={REPO}/config/lm2_1.7b.toml"])
+    for memory, billions in (("none", 1.2), ("lm2", 1.7)):
+        with torch.device("meta"):
+            model = checkpoint.make_model(replace(config.model_config(), memory=memory))
+        assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
+        assert model.blocks[0].mlp.w_gate.weight.shape == (8192, 2048)
+    llama = {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+             "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+             "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0,
+                              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
+    shape = shape_of(llama, "config.json")  # of Llama-3.2-1B, whose weights it begins with
+    assert {name: getattr(config, name) for name in shape} == shape
+
+
 def test_no_two_programs_or_presets_write_into_the_same_folder():
     folders = [tomllib.loads(path.read_text())["out_dir"] for path in PRESETS]
     folders += [TrainConfig(dataset=name).out_dir for name in ("shakespeare", "babilong")]
     folders += [EvalConfig(["run"]).out_dir]
-    assert len(PRESETS) == 6 and all(folders)
+    assert len(PRESETS) == 7 and all(folders)
     assert [folder for folder, n in Counter(folders).items() if n > 1] == []
     assert SampleConfig().out_dir == TrainConfig().out_dir
