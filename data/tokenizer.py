@@ -112,6 +112,9 @@ class HFTokenizer:
             self.tokenizer = Tokenizer.from_str(json.dumps(description))
         except Exception as e:  # tokenizers raises nothing more special
             raise ValueError(f"tokenizers cannot read it: {e}") from None
+        if type(self.tokenizer.model).__name__ != "BPE":
+            raise ValueError(f"it is of type {type(self.tokenizer.model).__name__}, only BPE is "
+                             "known here")
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.description = description

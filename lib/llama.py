@@ -205,21 +205,30 @@ def open_gguf(path):
     if factors is not None:
         shape["rope_factor"] = rope_factor(factors.data, shape, path)
     tokenizer = HFTokenizer(gguf_tokenizer(about, path), shape["vocab_size"])
-    return Llama(path, shape, tokenizer, lambda: pieces_of_gguf(tensors, shape))
+    return Llama(path, shape, tokenizer, lambda: pieces_of_gguf(tensors, shape, path))
 
 
-def pieces_of_gguf(tensors, shape):
-    """The tensors of a GGUF file, unpacked to float32, some rows at a time."""
-    heads = {"attn_q": shape["n_head"], "attn_k": shape["n_kv_head"]}
+def pieces_of_gguf(tensors, shape, path):
+    """The tensors of a GGUF file, unpacked to float32, some rows at a time. Raises ValueError."""
+    heads = {"q": shape["n_head"], "k": shape["n_kv_head"]}
     for name, tensor in tensors.items():
-        block, kind = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name).groups()
-        full = f"{GGUF_NAMES.get(kind, kind)}.weight"
-        if block:
-            full = f"model.layers.{block}.{full}"
+        full = full_name(name)
+        turned = re.search(r"self_attn\.([qk])_proj", full)
         for row in range(0, len(tensor.data), ROWS):
-            unpacked = gguf.dequantize(tensor.data[row:row + ROWS], tensor.tensor_type)
+            try:
+                unpacked = gguf.dequantize(tensor.data[row:row + ROWS], tensor.tensor_type)
+            except NotImplementedError:
+                raise ValueError(f"{path}: {name} is of type {tensor.tensor_type.name}, which "
+                                 "gguf cannot unpack: use another file") from None
             piece = torch.from_numpy(np.array(unpacked, dtype=np.float32))
-            yield full, row, half_split(piece, heads[kind]) if kind in heads else piece
+            yield full, row, half_split(piece, heads[turned[1]]) if turned else piece
+
+
+def full_name(name):
+    """Hugging Face's name of a tensor of a GGUF file; one that has none keeps its own."""
+    block, kind, end = re.fullmatch(r"(?:blk\.(\d+)\.)?([^.]*)(.*)", name).groups()
+    before = "" if block is None else f"model.layers.{block}."
+    return f"{before}{GGUF_NAMES.get(kind, kind)}{end}"
 
 
 def rope_factor(factors, shape, path):

@@ -168,7 +168,35 @@ def test_a_gguf_file_that_ends_early_is_named(tmp_path):
         assert refused(path, "half.gguf is damaged")
 
 
+def test_a_tokenizer_of_another_kind_is_refused(folder):
+    for model in ({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+                  {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}, {"type": "none"}):
+        (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+        assert refused(folder, "tokenizer.json")
+
+
 # --- GGUF files
+
+def write_gguf(path, name, kind):
+    """The tiny GGUF file, with one tensor of another name or kind."""
+    data = (TINY / "grouped.gguf").read_bytes()
+    old = b"blk.1.attn_output.weight"
+    start = data.index(old)
+    place = start + len(old) + 4 + 2 * 8  # behind it: the number of sizes, the sizes, its kind
+    data = data[:start] + name + data[start + len(old):place] + bytes([kind]) + data[place + 1:]
+    path.write_bytes(data)
+
+
+def test_tensors_that_a_llama_lacks_or_that_cannot_be_unpacked_are_named(tmp_path):
+    path, kind = tmp_path / "x.gguf", gguf.GGMLQuantizationType.Q4_1
+    write_gguf(path, b"blk.1.attn_output.weight", kind)
+    assert len(list(open_llama(path).pieces())) == 20
+    for name in (b"blk.1.attn_output.biasss", b"some.odd.name.of.llama__"):
+        write_gguf(path, name, kind)
+        assert refused(path, name.decode().rpartition(".")[2], "has no place in a Llama")
+    write_gguf(path, b"blk.1.attn_output.weight", gguf.GGMLQuantizationType.Q8_1)
+    assert refused(path, "x.gguf")
+
 
 @pytest.fixture
 def about():
