@@ -52,7 +52,8 @@ class LM2Config:
     # memory
     memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
     mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
-    mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
+    mem_layers: int = -1         # blocks with a bank, -1: all from mem_start on
+    mem_start: int = 0           # the first of them, counted from 0
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
     mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
     window_dropout: float = 0.0  # share of training batches whose attention stays in the segment
@@ -67,7 +68,7 @@ class LM2Config:
 
     @property
     def n_banks(self):  # blocks with a bank
-        layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
+        layers = self.n_layer - self.mem_start if self.mem_layers < 0 else self.mem_layers
         return layers if self.memory == "lm2" else 0
 
     def __post_init__(self):
@@ -97,9 +98,11 @@ class LM2Config:
                 f"mem_write=aligned needs mem_slots={self.mem_slots} to equal "
                 f"block_size={self.block_size}")
         for name, lowest, most in (("mem_slots", 1, "n_embd"), ("mem_layers", -1, "n_layer"),
-                                   ("mem_topk", 0, "mem_slots")):
+                                   ("mem_start", 0, "n_layer"), ("mem_topk", 0, "mem_slots")):
             require(lowest <= value[name] <= value[most],
                     f"{name}={value[name]} must be from {lowest} to {most}={value[most]}")
+        require(self.mem_start + self.n_banks <= self.n_layer, f"mem_layers={self.mem_layers} from "
+                f"mem_start={self.mem_start} on are more than n_layer={self.n_layer}")
 
 
 class Tokens(NamedTuple):
@@ -425,7 +428,8 @@ class LM2(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, has_memory=layer < config.n_banks)
+        banks = range(config.mem_start, config.mem_start + config.n_banks)
+        self.blocks = nn.ModuleList(Block(config, has_memory=layer in banks)
                                     for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = linear(config.n_embd, config.vocab_size)

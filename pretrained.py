@@ -5,6 +5,7 @@ before they are trained.
     python pretrained.py smollm2 --out_dir=out/smollm2        # 135 million parameters, is fetched
     python pretrained.py Llama-3.2-1B --out_dir=out/llama     # a folder as Hugging Face writes it
     python pretrained.py model.gguf --mem_layers=8            # the first 8 blocks get a bank
+    python pretrained.py smollm2 --mem_start=22               # the last 8 of its 30 do
 
 Then `sample.py` and the other programs work with it.
 """
@@ -36,7 +37,8 @@ class PretrainedConfig:
     # memory
     memory: str = "lm2"          # lm2: banks; none: the Llama alone
     mem_slots: int = 16          # N: slots in a bank
-    mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
+    mem_layers: int = -1         # blocks with a bank, -1: all from mem_start on
+    mem_start: int = 0           # the first of them, counted from 0
     mem_topk: int = 0            # slots that a token reads in each head, 0: all
     mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
     block_size: int = 256        # T: tokens in a segment, and in the sliding attention window

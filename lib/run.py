@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.corpus import open_corpus
 from data.curriculum import open_stories
 from data.pairs import open_pairs
-from data.text import check_length, open_text
+from data.text import check_length, is_corpus, open_text
 from lib import checkpoint
 from lib.config import from_dict
 from lib.device import memory_of
@@ -72,7 +73,8 @@ def open_data(config, tokenizer=None):
     """
     if config.dataset in ("babilong", "pairs"):
         return (open_stories if config.dataset == "babilong" else open_pairs)(config, tokenizer)
-    text = open_text(config.dataset, config.tokenizer, config.vocab_size, tokenizer)
+    opened = open_corpus if is_corpus(config.dataset) else open_text
+    text = opened(config.dataset, config.tokenizer, config.vocab_size, tokenizer)
     check_length(text, config.n_segments * config.block_size)
     return text
 
@@ -170,7 +172,8 @@ def check_memory(config, device):
     n_tokens = config.batch_size * config.n_segments * config.block_size
     try:
         with torch.device("meta"):  # one block without a bank; the others are as large, or larger
-            model = checkpoint.make_model(replace(config.model_config(), n_layer=1, mem_layers=0))
+            model = checkpoint.make_model(replace(config.model_config(), n_layer=1, mem_layers=0,
+                                                   mem_start=0))
     except (RuntimeError, TypeError, OverflowError):  # sizes of more than 64 bits
         needed = math.inf
     else:

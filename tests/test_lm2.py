@@ -322,6 +322,15 @@ def test_double_precision_runs_whole_and_in_chunks():
     torch.testing.assert_close(in_chunks(model, idx, [T + 3, 2 * T - 2])[0], whole)
 
 
+@pytest.mark.parametrize("values, banks", [
+    ({}, [0, 1, 2]), (dict(mem_layers=1), [0]), (dict(mem_start=1), [1, 2]), (dict(mem_start=3), []),
+    (dict(mem_start=1, mem_layers=1), [1]), (dict(mem_layers=0), [])], ids=str)
+def test_the_wanted_blocks_have_a_bank(values, banks):
+    model = make_small(**values)
+    assert [i for i, block in enumerate(model.blocks) if block.memory] == banks
+    assert model.config.n_banks == len(banks)
+
+
 def test_a_tied_head_is_the_embedding_and_learns():
     torch.manual_seed(0)
     model = LM2(LM2Config(vocab_size=13, n_layer=1, n_head=2, n_embd=16, mem_slots=4,
@@ -435,6 +444,7 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=math.nan), "rope_theta=nan"),
     (dict(rope_factor=0.0), "rope_factor=0.0"), (dict(rope_context=0), "rope_context=0"),
     (dict(memory="rmt", checkpoint_activations=True), "checkpoint_activations=True"),
+    (dict(mem_start=-1), "mem_start=-1"), (dict(mem_start=3, mem_layers=2), "mem_start=3 on are"),
     (dict(vocab_size=0), "vocab_size=0"), (dict(mlp_ratio=-1.0), "mlp_ratio=-1.0"),
     (dict(window_dropout=0.5, attention="full"), "window_dropout=0.5"),
     (dict(mlp_ratio=math.inf), "mlp_ratio=inf")], ids=str)
