@@ -24,7 +24,7 @@ PAGES = {path.relative_to(REPO).as_posix(): path.read_text(encoding="utf-8")
 README = PAGES["README.md"]
 CONFIGS = {"train.py": "TrainConfig", "sample.py": "SampleConfig", "bench.py": "BenchConfig",
            "eval_babilong.py": "EvalConfig", "compare.py": "CompareConfig",
-           "pretrained.py": "PretrainedConfig"}
+           "pretrained.py": "PretrainedConfig", "eval_mmlu.py": "MMLUConfig"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES)
 

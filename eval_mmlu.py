@@ -1,0 +1,394 @@
+"""
+Does the memory do harm? Accuracy on MMLU (Hendrycks et al. 2021, arXiv 2009.03300): knowledge of 57
+subjects, asked in questions with four choices.
+
+    python eval_mmlu.py out/smollm2 out/trained --mmlu_dir=data    # the original's unpacked archive
+    python eval_mmlu.py out/smollm2 --mmlu_dir=mmlu --paper        # Parquet files as in cais/mmlu
+    python eval_mmlu.py out/smollm2 --subjects=anatomy,virology --n_questions=20   # a quick look
+    python eval_mmlu.py out/smollm2 --cloze     # the answers' texts instead of their letters
+
+Without --mmlu_dir the archive is fetched into data/mmlu; where it cannot be reached, the questions
+that lm-eval's prompts carry, and the table says so. Remove data/mmlu to try again.
+
+Prompts are the original's: a heading, five questions with answers, the question. The likeliest of
+" A", " B", " C", " D" counts as the answer; with --cloze the likeliest text, per byte.
+
+The table has the columns of the paper's Table 2 (arXiv 2502.06049), with 95% Wilson intervals.
+`average` is the mean of the eight columns, as it is in the paper; `all questions` is what the
+original program reports, the share of all questions that are answered right.
+
+--out_dir gets results.csv, to which rows are added and none is dropped, and results.json with the
+same. What a row answers is not asked again: a stopped evaluation goes on.
+"""
+import csv
+import io
+import math
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import takewhile
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data.babilong import parse_list
+from data.files import atomic_open, read_utf8, sha256_of, write_json
+from data.mmlu import (
+    CATEGORIES,
+    CATEGORY,
+    LEVELS,
+    SUBJECTS,
+    Item,
+    find_exam,
+    level,
+    make_prompt,
+)
+from data.tokenizer import check_text
+from eval_babilong import choose_dtype, folder_name, sha256_of_questions
+from lib import checkpoint
+from lib.config import at_least, convert, parse, user_errors
+from lib.device import autocast, pick_device
+from lib.experiment_tables import NOTHING, markdown
+from lib.origin import origin
+from lib.scores import NORMAL
+from lm2 import wide
+
+PAPER = Path(__file__).parent / "data" / "paper_mmlu.csv"
+MOST_SHOTS = 5            # MMLU has so many dev questions of each subject
+TOKENS_AT_ONCE = 1024     # of a prompt, so that a long one needs no more memory
+COLUMNS = (*CATEGORIES, *LEVELS)  # of the paper's Table 2; a subject counts in two of them
+
+
+@dataclass
+class MMLUConfig:
+    runs: list = field(default_factory=list)  # folders of the runs to evaluate
+    # questions
+    mmlu_dir: str = ""            # folder of MMLU's files, "": data/mmlu, which is fetched
+    subjects: str = ""            # as in anatomy,virology; "": all
+    n_questions: int = 0          # of each subject the first so many, 0: all
+    shots: int = 5                # questions with answers before each one
+    cloze: bool = False           # score the answers' texts, and do not show the choices
+    # machine
+    device: str = "auto"          # auto, cpu, cuda, cuda:N or mps
+    dtype: str = "auto"           # auto (that of earlier results, or the faster), float32, bfloat16
+    # output
+    paper: bool = False           # the paper's rows beside ours
+    out_dir: str = "out/eval_mmlu"  # folder of the results
+
+    def __post_init__(self):
+        if not self.runs:
+            raise ValueError("runs is empty: name at least one, python eval_mmlu.py out/smollm2")
+        at_least(self, 0, "n_questions", "shots")
+        if self.shots > MOST_SHOTS:
+            raise ValueError(f"shots={self.shots} must be at most {MOST_SHOTS}")
+        folders = [folder_name(run) for run in self.runs]
+        if twice := [folder for folder in folders if folders.count(folder) > 1]:
+            raise ValueError(f"the run {twice[0]} is named twice: name it once")
+        self.named  # raises for subjects that are not known
+
+    @property
+    def named(self):
+        """The subjects in --subjects, [] for all. Raises ValueError."""
+        found = parse_list("subjects", self.subjects) if self.subjects else []
+        for subject in found:
+            if subject not in SUBJECTS:
+                near, = get_close_matches(subject, SUBJECTS, n=1, cutoff=0)
+                raise ValueError(f"subject {subject} in subjects={self.subjects} is not known: "
+                                 f"did you mean {near}?")
+        return found
+
+
+# --- Questions and prompts
+
+def choose_items(config, exam):
+    """{subject: Items to ask}. Raises ValueError where the exam lacks something."""
+    missing = [subject for subject in config.named if not exam.questions.get(subject)]
+    if missing:
+        raise ValueError(f"{exam.source} has no questions of {missing[0]}: leave it out")
+    found = {}
+    for subject in config.named or sorted(exam.questions):
+        questions = exam.questions[subject][:config.n_questions or None]
+        found[subject] = [Item(exam.shots_of(subject, number, config.shots), question)
+                          for number, question in enumerate(questions)]
+    return found
+
+
+def n_common(lists):
+    """With how many equal elements lists begin."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*lists)))
+
+
+def encode(tokenizer, prompt, continuations):
+    """
+    Token ids of a prompt, and of each continuation. They are encoded together: where a tokenizer
+    joins the end of the prompt with what follows, that token is part of what follows.
+    """
+    whole = [tokenizer.encode(prompt + continuation) for continuation in continuations]
+    n = n_common([tokenizer.encode(prompt), *whole])
+    return whole[0][:n], [ids[n:] for ids in whole]
+
+
+# --- Likelihoods
+
+def expand(state, n):
+    """A State of one sequence as that of n sequences, without copies."""
+    if isinstance(state, torch.Tensor):
+        return state.expand(n, *state.shape[1:])
+    if isinstance(state, (list, tuple)):
+        parts = [expand(part, n) for part in state]
+        return state._make(parts) if hasattr(state, "_make") else parts
+    return state  # a position, or None in a block without memory
+
+
+def feed(model, ids, state=None):
+    """Put ids, one or more, through the model -> features of the last (1, D), the State after."""
+    idx = torch.tensor([ids], device=model.head.weight.device)
+    for piece in idx.split(TOKENS_AT_ONCE, dim=1):
+        x, state = model.features(piece, state)
+    return x[:, -1], state
+
+
+def log_likelihoods(model, x, state, continuations):
+    """
+    The logarithm of each continuation's probability, a list. x (1, D): features of the token before
+    them; state: after it; continuations: lists of ids.
+    """
+    device, n = x.device, len(continuations)
+    targets = pad_sequence([torch.tensor(ids, device=device) for ids in continuations],
+                           batch_first=True, padding_value=-1)          # (n, L)
+    features = x.expand(n, 1, -1)
+    if targets.size(1) > 1:
+        given = targets[:, :-1].clamp(min=0)  # what is padded comes last: nothing else sees it
+        more, _ = model.features(given, expand(state, n))
+        features = torch.cat((features, more), dim=1)                   # (n, L, D)
+    logits = wide(model.head(features))                                 # (n, L, vocab_size)
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
+                             reduction="none")
+    return (-losses.view(n, -1).sum(dim=1)).tolist()
+
+
+@torch.inference_mode()
+def score(model, tokenizer, prompts):
+    """
+    For each (prompt, continuations) the log-likelihoods of its continuations, a list. The tokens
+    with which all prompts begin, such as heading and shots, go through the model once.
+    """
+    encoded = [encode(tokenizer, *prompt) for prompt in prompts]
+    shortest = min(len(ids) for ids, _ in encoded)
+    shared = min(n_common([ids for ids, _ in encoded]), shortest - 1)  # a token is left to each
+    state = feed(model, encoded[0][0][:shared])[1] if shared else None
+    for ids, continuations in encoded:
+        x, after = feed(model, ids[shared:], state)
+        yield log_likelihoods(model, x, after, continuations)
+
+
+def evaluate(run, subject, items, cloze, bar):
+    """Ask a Run all Items of a subject -> "0110", in their order: 1 where it answers right."""
+    prompts, answers = [make_prompt(subject, item, cloze) for item in items], ""
+    found = score(run.model, run.tokenizer, prompts)
+    for item, (_, continuations), values in zip(items, prompts, found):
+        if cloze:  # per byte, since a long text is less likely than a short one
+            values = [v / len(text.encode()) for v, text in zip(values, continuations)]
+        answers += "1" if values.index(max(values)) == item.question.answer else "0"
+        bar.update()
+    return answers
+
+
+# --- results.csv
+
+WHO = {"run": str, "checkpoint_sha256": str, "dtype": str}
+ASKED = {"source": str, "subject": str, "questions_sha256": str, "shots": int, "cloze": bool,
+         "n": int}
+FOUND = {"right": int, "answers": str, "commit": str, "torch": str, "device": str}
+HEADER = WHO | ASKED | FOUND
+
+
+def parse_row(cells):
+    """The cells of a line -> {column: value}. Raises ValueError where they cannot be a row."""
+    if len(cells) != len(HEADER):
+        raise ValueError(f"{len(cells)} cells instead of {len(HEADER)}")
+    row = {name: convert(name, text, kind) for (name, kind), text in zip(HEADER.items(), cells)}
+    counts = len(row["answers"]), row["answers"].count("1")
+    if not re.fullmatch("[01]+", row["answers"]) or counts != (row["n"], row["right"]):
+        raise ValueError(f"answers are not {row['right']} right ones of {row['n']}")
+    return row
+
+
+def load(path):
+    """The rows of results.csv, dicts; [] where there is none. Raises ValueError, OSError."""
+    if not path.exists():
+        return []
+    reader = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
+    try:
+        if next(reader, None) != list(HEADER):
+            raise ValueError("not the columns of this program")
+        return [parse_row(cells) for cells in reader]
+    except (ValueError, csv.Error) as e:
+        raise ValueError(f"{path}, line {reader.line_num or 1}, is damaged or foreign ({e}): "
+                         "repair it, move it away, or use another --out_dir") from None
+
+
+def add(path, row):
+    """
+    Put one more row into results.csv and results.json, each whole or not at all. The file is read
+    again before, since another evaluation may have added to it. Raises OSError.
+    """
+    try:
+        rows = [*load(path), row]
+        with atomic_open(path, "w", encoding="utf-8", newline="") as f:
+            writer = csv.DictWriter(f, HEADER, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        write_json(path.with_suffix(".json"), rows)
+    except (OSError, ValueError) as e:
+        raise OSError(f"{e}: once that is mended, the same command goes on") from None
+
+
+# --- The table
+
+def wilson(right, n):
+    """The 95% interval of a share of right answers: (low, high), in %."""
+    share, z = right / n, NORMAL ** 2 / n
+    center, half = share + z / 2, math.sqrt(z * share * (1 - share) + z ** 2 / 4)
+    return 100 * (center - half) / (1 + z), 100 * (center + half) / (1 + z)
+
+
+def percent(right, n):
+    """A cell: the accuracy and its interval."""
+    low, high = wilson(right, n) if n else (0, 0)
+    return f"{100 * right / n:.1f} ({low:.1f}–{high:.1f})" if n else NOTHING
+
+
+def total(counts):
+    """The sum of pairs (right, n)."""
+    counts = list(counts)
+    return sum(right for right, _ in counts), sum(n for _, n in counts)
+
+
+def make_cells(counts):
+    """{subject: (right, n)} -> accuracy in the eight columns, their mean, that of all questions."""
+    totals = [total(found for subject, found in counts.items()
+                    if column in (CATEGORY[subject], level(subject))) for column in COLUMNS]
+    complete = all(n for _, n in totals)
+    average = f"{100 * mean(right / n for right, n in totals):.1f}" if complete else NOTHING
+    right, n = total(counts.values())
+    return [percent(*pair) for pair in totals] + [average, percent(right, n), f"{n:,}"]
+
+
+def name_of(who, others):
+    """A run's folder, and what tells it apart where others have the same."""
+    run, sha256, dtype = who
+    alone = [run for run, *_ in others].count(run) == 1
+    return run if alone else f"{run} ({sha256[:8]}, {dtype})"
+
+
+def paper_lines():
+    """The lines of the paper's Table 2."""
+    with open(PAPER, newline="", encoding="utf-8") as f:
+        return [[f"paper: {row['model']}", *(row[column] for column in (*COLUMNS, "average")),
+                 NOTHING, NOTHING] for row in csv.DictReader(f)]
+
+
+def make_table(rows, paper):
+    """A Markdown table of rows: a line for each run; paper: with the paper's."""
+    answered = defaultdict(dict)
+    for row in rows:
+        answered[tuple(row[column] for column in WHO)][row["subject"]] = row["right"], row["n"]
+    lines = [[name_of(who, answered), *make_cells(counts)] for who, counts in answered.items()]
+    header = ["accuracy in %", *COLUMNS, "average", "all questions", "questions"]
+    return markdown(header, lines + (paper_lines() if paper else []))
+
+
+def make_heading(config, exam, items):
+    """What the questions of the table are."""
+    n = sum(map(len, items.values()))
+    shots = f"{config.shots} shots" if exam.shots is not None else (
+        f"up to {config.shots} others of the subject as shots")
+    return f"{n:,} questions of {exam.source}, {shots}{', cloze' if config.cloze else ''}"
+
+
+# --- The program
+
+class Run(NamedTuple):
+    """A trained model, and what belongs to it."""
+    model: torch.nn.Module
+    tokenizer: object
+    about: dict  # columns of results.csv
+
+
+def load_run(folder, device):
+    """The Run of a folder. Raises ValueError, OSError."""
+    model, tokenizer, _ = checkpoint.load(folder, device)
+    return Run(model, tokenizer, {"run": folder_name(folder),
+                                  "checkpoint_sha256": sha256_of(Path(folder) / "best.pt")})
+
+
+def check_characters(run, subject, items, cloze):
+    """Raises ValueError where a run's tokenizer lacks a character of what it is asked."""
+    characters = set()
+    for item in items:
+        prompt, continuations = make_prompt(subject, item, cloze)
+        characters.update(prompt, *continuations)
+    try:
+        check_text(run.tokenizer, "".join(characters))
+    except ValueError as e:
+        raise ValueError(f"{run.about['run']}, {subject}: {e}") from None
+
+
+def has(row, columns):
+    """Whether a row has these values, {column: value}."""
+    return all(row[column] == value for column, value in columns.items())
+
+
+def main():
+    config, _ = parse(MMLUConfig, __doc__)
+    out_dir = Path(config.out_dir)
+    store = out_dir / "results.csv"
+    with user_errors():  # what can go wrong is found here, before hours of work
+        device = pick_device(config.device)
+        rows = load(store)
+        dtype = choose_dtype(config, device, rows)
+        runs = [load_run(folder, device) for folder in config.runs]
+        exam = find_exam(config.mmlu_dir, config.mmlu_dir and folder_name(config.mmlu_dir))
+        items = choose_items(config, exam)
+        asked = {subject: {"source": exam.source, "subject": subject, "n": len(some),
+                           "questions_sha256": sha256_of_questions(some),
+                           "shots": config.shots, "cloze": config.cloze}
+                 for subject, some in items.items()}
+        todo = [(subject, run, run.about | {"dtype": dtype} | asked[subject])
+                for subject in items for run in runs]
+        todo = [work for work in todo if not any(has(row, work[-1]) for row in rows)]
+        for subject, run, _ in todo:
+            check_characters(run, subject, items[subject], config.cloze)
+        checkpoint.make_folder(out_dir)
+
+    with user_errors(OSError):
+        try:
+            n = sum(key["n"] for *_, key in todo)
+            with tqdm(total=n, unit="question", disable=not todo) as bar:
+                for subject, run, key in todo:
+                    bar.set_postfix_str(f"{run.about['run']} {subject}")
+                    with autocast(dtype, device):
+                        answers = evaluate(run, subject, items[subject], config.cloze, bar)
+                    found = {"right": answers.count("1"), "answers": answers}
+                    add(store, key | found | origin(device))
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(130)
+
+    with user_errors():
+        rows = [row for row in load(store)
+                if row["subject"] in asked and has(row, asked[row["subject"]])]
+        print(f"{make_heading(config, exam, items)}\n\n{make_table(rows, config.paper)}\n")
+        print(f"{store}, {store.with_suffix('.json')}")
+
+
+if __name__ == "__main__":
+    main()
