@@ -36,7 +36,7 @@ from lm2 import LM2Config
 @dataclass
 class TrainConfig(LM2Config):
     # data
-    dataset: str = "shakespeare"  # shakespeare, a .txt file or a folder of them, babilong, pairs
+    dataset: str = "shakespeare"  # shakespeare, babilong, pairs, or .txt, .jsonl, .parquet file(s)
     tokenizer: str = "char"       # char, bpe or gpt2
     vocab_size: int = 1024        # tokens of the bpe tokenizer; char and gpt2 bring their own
     tasks: str = "qa1"            # babilong: the tasks, all in every batch, as in qa1,qa2

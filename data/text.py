@@ -5,11 +5,14 @@ Text to train on: find it, keep it, turn it into token ids once, draw batches fr
     data/shakespeare/char/           its token ids: train.bin and val.bin (90% and 10%), and
                                      tokenizer.json; meta.json says what they were made from
 
-Token ids are made anew whenever meta.json does not say exactly what is found.
+Token ids are made anew whenever meta.json does not say exactly what is found. What is no plain
+text, or too large for memory, is a corpus: data/corpus.py keeps that.
 """
 import hashlib
 import json
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +27,28 @@ from data.tokenizer import check_text, from_json, make_tokenizer, prompt_ids
 
 DATA_DIR = Path(__file__).parent
 STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
+LARGEST_TEXT = 200_000_000  # bytes of a text that is taken into memory
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".parquet")  # of the files of a corpus
 
 
 # --- The text
+
+def dataset_files(dataset):
+    """The paths of a corpus, a file or what a folder has of its kinds, in the order of names."""
+    path = Path(dataset)
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+
+
+def is_corpus(dataset):
+    """Whether a dataset is a corpus: not all of it is plain text, or it is too large for memory."""
+    if dataset in ("", "shakespeare") or not Path(dataset).exists():
+        return False
+    paths = dataset_files(dataset)
+    return (any(path.name.endswith(SUFFIXES[1:]) for path in paths)
+            or sum(path.stat().st_size for path in paths) > LARGEST_TEXT)
+
 
 class FoundText(NamedTuple):
     text: str
@@ -148,10 +170,7 @@ def open_text(dataset, kind="char", vocab_size=1024, tokenizer=None):
     found = read_text(dataset)
     if tokenizer:
         kind, vocab_size = tokenizer.kind, tokenizer.n_vocab
-    folders = [found.folder / (f"bpe{vocab_size}" if kind == "bpe" else kind)]
-    if tokenizer:  # where it is not the one that this text gets today, it has a folder of its own
-        folders.append(folders[0].with_name(f"{folders[0].name}-{digest(tokenizer)[:8]}"))
-    for folder in folders:
+    for folder in token_folders(found.folder, kind, vocab_size, tokenizer):
         text = load_token_files(folder, found)
         if text and is_wanted(text.tokenizer, kind, vocab_size, tokenizer):
             return text
@@ -165,6 +184,14 @@ def open_text(dataset, kind="char", vocab_size=1024, tokenizer=None):
     return text
 
 
+def token_folders(folder, kind, vocab_size, tokenizer):
+    """Where the token ids of a text may lie, the last one where they are to be made."""
+    folders = [folder / (f"bpe{vocab_size}" if kind == "bpe" else kind)]
+    if tokenizer:  # where it is not the one that this text gets today, it has a folder of its own
+        folders.append(folders[0].with_name(f"{folders[0].name}-{digest(tokenizer)[:8]}"))
+    return folders
+
+
 def is_wanted(found, kind, vocab_size, tokenizer):
     """Whether a tokenizer is the given one, or of the given kind where none is given."""
     if tokenizer:
@@ -174,10 +201,29 @@ def is_wanted(found, kind, vocab_size, tokenizer):
 
 # --- Batches
 
+class Shards:
+    """Token ids that lie in several arrays as one: len(), and slices without a step."""
+
+    def __init__(self, arrays, start, stop):
+        self.arrays, self.start, self.stop = arrays, start, stop
+        self.borders = [0, *accumulate(map(len, arrays))]  # where each array begins, and the end
+
+    def __len__(self):
+        return self.stop - self.start
+
+    def __getitem__(self, wanted):
+        start, stop, _ = wanted.indices(len(self))
+        start, stop = start + self.start, stop + self.start
+        first, last = bisect_right(self.borders, start) - 1, bisect_left(self.borders, stop)
+        parts = [self.arrays[i][max(0, start - self.borders[i]):stop - self.borders[i]]
+                 for i in range(first, last)]
+        return np.concatenate([self.arrays[0][:0], *parts])
+
+
 @dataclass
 class Text:
     """A text as train.py sees it: a Dataset of data/dataset.py."""
-    train: np.ndarray  # (n,) token ids, memory-mapped
+    train: np.ndarray  # (n,) token ids, memory-mapped; or the Shards of a corpus
     val: np.ndarray
     tokenizer: object
     meta: dict         # source, and what `describe` says

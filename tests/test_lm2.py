@@ -323,8 +323,9 @@ def test_double_precision_runs_whole_and_in_chunks():
 
 
 @pytest.mark.parametrize("values, banks", [
-    ({}, [0, 1, 2]), (dict(mem_layers=1), [0]), (dict(mem_start=1), [1, 2]), (dict(mem_start=3), []),
-    (dict(mem_start=1, mem_layers=1), [1]), (dict(mem_layers=0), [])], ids=str)
+    ({}, [0, 1, 2]), (dict(mem_layers=1), [0]), (dict(mem_start=1), [1, 2]),
+    (dict(mem_start=3), []), (dict(mem_start=1, mem_layers=1), [1]), (dict(mem_layers=0), [])],
+    ids=str)
 def test_the_wanted_blocks_have_a_bank(values, banks):
     model = make_small(**values)
     assert [i for i, block in enumerate(model.blocks) if block.memory] == banks
