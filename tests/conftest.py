@@ -103,8 +103,9 @@ class Checkout:
         return (self.folder / out_dir / "log.csv").read_text()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
+    """A Checkout for the tests of a file: several processes run them, and may come back to it."""
     return Checkout(tmp_path_factory.mktemp("checkout"))
 
 
