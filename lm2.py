@@ -98,11 +98,12 @@ class LM2Config:
                 f"mem_write=aligned needs mem_slots={self.mem_slots} to equal "
                 f"block_size={self.block_size}")
         for name, lowest, most in (("mem_slots", 1, "n_embd"), ("mem_layers", -1, "n_layer"),
-                                   ("mem_start", 0, "n_layer"), ("mem_topk", 0, "mem_slots")):
+                                   ("mem_topk", 0, "mem_slots")):
             require(lowest <= value[name] <= value[most],
                     f"{name}={value[name]} must be from {lowest} to {most}={value[most]}")
-        require(self.mem_start + self.n_banks <= self.n_layer, f"mem_layers={self.mem_layers} from "
-                f"mem_start={self.mem_start} on are more than n_layer={self.n_layer}")
+        require(0 <= self.mem_start < self.n_layer >= self.mem_start + self.n_banks,
+                f"mem_layers={self.mem_layers} from mem_start={self.mem_start} on are not all "
+                f"among the n_layer={self.n_layer} blocks")
 
 
 class Tokens(NamedTuple):

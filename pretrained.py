@@ -51,13 +51,18 @@ class PretrainedConfig:
     def __post_init__(self):
         at_least(self, 0, "seed")
         if len(self.source) != 1:
-            raise ValueError(f"source={' '.join(self.source)} is not one model: name smollm2, a "
-                             "folder with config.json and *.safetensors, or a .gguf file")
+            named = " and ".join(self.source) or "nothing"
+            raise ValueError(f"{named} is named, and not one model: name smollm2, a folder with "
+                             "config.json and *.safetensors, or a .gguf file")
         if self.memory not in ("lm2", "none"):
             raise ValueError(f"memory={self.memory} would change what a Llama says: "
                              "use lm2 or none")
         if not self.out_dir.strip():
-            self.out_dir = str(Path("out") / Path(self.source[0]).resolve().stem)
+            self.out_dir = str(Path("out") / Path(self.source[0]).resolve().name.removesuffix(
+                ".gguf"))
+        source, out_dir = Path(self.source[0]).resolve(), Path(self.out_dir).resolve()
+        if out_dir in (source, source.parent) and source.exists():
+            raise ValueError(f"out_dir={self.out_dir} has the model itself: use another --out_dir")
 
 
 def from_hub(folder):

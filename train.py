@@ -90,9 +90,9 @@ class TrainConfig(LM2Config):
                 raise ValueError(f"{name} is empty: name shakespeare or a text file")
             if value not in ("shakespeare", "babilong", "pairs"):
                 setattr(self, name, str(Path(value).resolve()))
-        if self.freeze not in ("", "decoder") or self.freeze and not self.n_banks:
-            raise ValueError(f"freeze={self.freeze} is not known, or there is no bank: use "
-                             "decoder, with memory=lm2")
+        if self.freeze not in ("", "decoder") or self.freeze and not self.init_from:
+            raise ValueError(f"freeze={self.freeze} is not known, or there is nothing to keep: "
+                             "use decoder, with --init_from")
         if not self.out_dir.strip():
             raise ValueError("out_dir is empty: name a folder, or leave it out")
         if self.out_dir == "out/DATASET":

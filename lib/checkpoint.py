@@ -99,6 +99,9 @@ def load_json(path):
 def load_config(out_dir):
     """config.json of a run: a dict with `train`, `data`, `parameters`. Raises ValueError."""
     config = load_json(Path(out_dir) / "config.json")
+    if "model_type" in config:
+        raise ValueError(f"{out_dir} is a model of Hugging Face, not a run: make it one with "
+                         f"python pretrained.py {out_dir}")
     for key, kind in (("train", dict), ("data", dict), ("parameters", int)):
         if not isinstance(config.get(key), kind):
             raise ValueError(f"{out_dir}/config.json is damaged, it has no {key!r}: "

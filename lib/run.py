@@ -17,6 +17,9 @@ from lib.config import from_dict
 from lib.device import memory_of
 from lm2 import LM2Config
 
+# of a model: what its weights must fit
+SHAPE = ({f.name for f in fields(LM2Config)}
+         - {"dropout", "window_dropout", "checkpoint_activations"})
 RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype",
              "num_workers", "compile", "out_dir", "resume", "overwrite"}
 
@@ -224,16 +227,19 @@ def begun_from(config, given):
     user said, which stays. Raises ValueError.
     """
     saved = checkpoint.load_config(config.init_from)["train"]
-    shape = {f.name for f in fields(LM2Config) if "dropout" not in f.name}
-    taken = {name: saved[name] for name in (shape | {"tokenizer"}) - given if name in saved}
-    return replace(config, **taken), checkpoint.load_tokenizer(config.init_from)
+    tokenizer = checkpoint.load_tokenizer(config.init_from)
+    if "tokenizer" in given and config.tokenizer != tokenizer.kind:
+        raise ValueError(f"tokenizer={config.tokenizer} is not that of init_from="
+                         f"{config.init_from}, {tokenizer.kind}: leave it out")
+    taken = {name: saved[name] for name in SHAPE - given if name in saved}
+    return replace(config, **taken, tokenizer=tokenizer.kind), tokenizer
 
 
 def initial_weights(config):
     """The weights of the run in init_from, a state dict. Raises ValueError for another shape."""
     model, _, _ = checkpoint.load(config.init_from, "cpu")
     for name, value in vars(model.config).items():
-        if value != getattr(config, name) and "dropout" not in name:
+        if name in SHAPE and value != getattr(config, name):
             raise ValueError(f"init_from={config.init_from} has {name}={value}, not "
                              f"{getattr(config, name)}: give --{name}={value}")
     return model.state_dict()

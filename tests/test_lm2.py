@@ -324,7 +324,7 @@ def test_double_precision_runs_whole_and_in_chunks():
 
 @pytest.mark.parametrize("values, banks", [
     ({}, [0, 1, 2]), (dict(mem_layers=1), [0]), (dict(mem_start=1), [1, 2]),
-    (dict(mem_start=3), []), (dict(mem_start=1, mem_layers=1), [1]), (dict(mem_layers=0), [])],
+    (dict(mem_start=1, mem_layers=1), [1]), (dict(mem_layers=0), [])],
     ids=str)
 def test_the_wanted_blocks_have_a_bank(values, banks):
     model = make_small(**values)
@@ -445,7 +445,8 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=math.nan), "rope_theta=nan"),
     (dict(rope_factor=0.0), "rope_factor=0.0"), (dict(rope_context=0), "rope_context=0"),
     (dict(memory="rmt", checkpoint_activations=True), "checkpoint_activations=True"),
-    (dict(mem_start=-1), "mem_start=-1"), (dict(mem_start=3, mem_layers=2), "mem_start=3 on are"),
+    (dict(mem_start=-1), "mem_start=-1"), (dict(mem_start=4), "mem_start=4"),
+    (dict(mem_start=3, mem_layers=2), "mem_start=3 on are"),
     (dict(vocab_size=0), "vocab_size=0"), (dict(mlp_ratio=-1.0), "mlp_ratio=-1.0"),
     (dict(window_dropout=0.5, attention="full"), "window_dropout=0.5"),
     (dict(mlp_ratio=math.inf), "mlp_ratio=inf")], ids=str)

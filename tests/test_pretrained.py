@@ -11,6 +11,8 @@ from conftest import is_one_line
 import pretrained
 from data.files import sha256_of
 from lib import checkpoint
+from lib.run import begun_from, initial_weights
+from train import TrainConfig
 
 TINY = Path(__file__).parent / "tiny_llama"
 BANKS = ("--mem_slots=8", "--block_size=16")
@@ -84,6 +86,30 @@ def test_stories_are_learned_with_its_tokenizer(call, checkout, run):
     assert code == 0, err
 
 
+def test_the_papers_preset_begins_with_a_run_of_its_llama(run, tmp_path):
+    """What a preset says of computing, and not of the shape, is no reason to refuse weights."""
+    shape = checkpoint.load(run, "cpu")[0].config
+    config = TrainConfig(init_from=str(run), checkpoint_activations=True, n_layer=9)
+    config, _ = begun_from(config, {"init_from", "checkpoint_activations"})
+    assert config.checkpoint_activations and config.n_layer == shape.n_layer
+    initial_weights(config)
+
+
+def test_a_run_is_named_after_its_model():
+    for source, name in (("x/Llama-3.2-1B", "Llama-3.2-1B"), ("x/a.Q4.gguf", "a.Q4")):
+        assert pretrained.PretrainedConfig([source]).out_dir == str(Path("out") / name)
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--init_from=LLAMA"], "python pretrained.py"), (["--freeze=decoder"], "--init_from"),
+    (["--init_from=out/tiny", "--tokenizer=bpe"], "tokenizer=bpe"),
+    (["--init_from=out/tiny", "--freeze=banks"], "freeze=banks")], ids=str)
+def test_training_refuses_what_does_not_fit_in_one_line(call, run, args, named):
+    args = [arg.replace("LLAMA", str(TINY / "grouped")) for arg in args]
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/odd", *args)
+    assert is_one_line(code, err, named)
+
+
 # --- SmolLM2
 
 class Sources:
@@ -126,13 +152,14 @@ def test_without_any_source_one_line_says_what_to_do(call, checkout, monkeypatch
 # --- Refusals
 
 @pytest.mark.parametrize("args, named", [
-    ([], "source="), (["a", "b"], "source=a b"), (["no/folder"], "no/folder is not there"),
+    ([], "nothing is named"), (["a", "b"], "a and b"), (["TINY", "--out_dir=TINY"], "model itself"),
+    (["no/folder"], "no/folder is not there"),
     (["TINY", "--memory=rmt"], "memory=rmt"), (["TINY", "--mem_slots=99"], "mem_slots=99"),
     (["TINY", "--mem_layers=5"], "mem_layers=5"), (["TINY", "--attention=some"], "attention=some"),
     (["TINY", "--out_dir=play.txt"], "play.txt"), (["play.txt"], "no .gguf file"),
 ], ids=str)
 def test_bad_input_is_refused_in_one_line(call, checkout, args, named):
-    args = [str(TINY / "grouped") if arg == "TINY" else arg for arg in args]
+    args = [arg.replace("TINY", str(TINY / "grouped")) for arg in args]
     code, _, err = call("pretrained.py", *args)
     assert is_one_line(code, err, named)
 
