@@ -74,8 +74,7 @@ class EvalConfig:
     out_dir: str = "out/eval_babilong"  # folder of the results
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("runs is empty: name at least one, python eval_babilong.py out/lm2")
+        check_runs(self.runs, "python eval_babilong.py out/lm2")
         at_least(self, 1, "n_samples", "batch_size")
         at_least(self, 0, "rag", "seed")
         if self.count not in ("own", "gpt2"):
@@ -85,9 +84,6 @@ class EvalConfig:
         if self.babilong_dir and (self.corpus or self.count != "own"):
             raise ValueError("the records of babilong_dir have their own text and lengths: "
                              "leave out --corpus and --count")
-        folders = [folder_name(run) for run in self.runs]
-        if twice := [folder for folder in folders if folders.count(folder) > 1]:
-            raise ValueError(f"the run {twice[0]} is named twice: name it once")
         self.cells  # raises for tasks and lengths that are not known
 
     @property
@@ -101,6 +97,15 @@ class EvalConfig:
         """Where the questions come from."""
         folder = self.babi_dir or self.babilong_dir
         return folder_name(folder) if folder else "simulated"
+
+
+def check_runs(runs, example):
+    """Raises ValueError where no run is named, or one twice. example: a command that names one."""
+    if not runs:
+        raise ValueError(f"runs is empty: name at least one, {example}")
+    folders = [folder_name(run) for run in runs]
+    if twice := [folder for folder in folders if folders.count(folder) > 1]:
+        raise ValueError(f"the run {twice[0]} is named twice: name it once")
 
 
 def folder_name(folder):

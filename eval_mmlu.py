@@ -21,9 +21,7 @@ original program reports, the share of all questions that are answered right.
 same. What a row answers is not asked again: a stopped evaluation goes on.
 """
 import csv
-import io
 import math
-import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -39,7 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data.babilong import parse_list
-from data.files import atomic_open, read_utf8, sha256_of, write_json
+from data.files import sha256_of, write_json
 from data.mmlu import (
     CATEGORIES,
     CATEGORY,
@@ -51,9 +49,9 @@ from data.mmlu import (
     make_prompt,
 )
 from data.tokenizer import check_text
-from eval_babilong import choose_dtype, folder_name, sha256_of_questions
-from lib import checkpoint
-from lib.config import at_least, convert, parse, user_errors
+from eval_babilong import check_runs, choose_dtype, folder_name, sha256_of_questions
+from lib import checkpoint, results
+from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device
 from lib.experiment_tables import NOTHING, markdown
 from lib.origin import origin
@@ -63,7 +61,7 @@ from lm2 import wide
 PAPER = Path(__file__).parent / "data" / "paper_mmlu.csv"
 MOST_SHOTS = 5            # MMLU has so many dev questions of each subject
 TOKENS_AT_ONCE = 1024     # of a prompt, so that a long one needs no more memory
-COLUMNS = (*CATEGORIES, *LEVELS)  # of the paper's Table 2; a subject counts in two of them
+AREAS = (*CATEGORIES, *LEVELS)  # the columns of the paper's Table 2; a subject counts in two
 
 
 @dataclass
@@ -83,14 +81,10 @@ class MMLUConfig:
     out_dir: str = "out/eval_mmlu"  # folder of the results
 
     def __post_init__(self):
-        if not self.runs:
-            raise ValueError("runs is empty: name at least one, python eval_mmlu.py out/smollm2")
+        check_runs(self.runs, "python eval_mmlu.py out/smollm2")
         at_least(self, 0, "n_questions", "shots")
         if self.shots > MOST_SHOTS:
             raise ValueError(f"shots={self.shots} must be at most {MOST_SHOTS}")
-        folders = [folder_name(run) for run in self.runs]
-        if twice := [folder for folder in folders if folders.count(folder) > 1]:
-            raise ValueError(f"the run {twice[0]} is named twice: name it once")
         self.named  # raises for subjects that are not known
 
     @property
@@ -207,48 +201,7 @@ WHO = {"run": str, "checkpoint_sha256": str, "dtype": str}
 ASKED = {"source": str, "subject": str, "questions_sha256": str, "shots": int, "cloze": bool,
          "n": int}
 FOUND = {"right": int, "answers": str, "commit": str, "torch": str, "device": str}
-HEADER = WHO | ASKED | FOUND
-
-
-def parse_row(cells):
-    """The cells of a line -> {column: value}. Raises ValueError where they cannot be a row."""
-    if len(cells) != len(HEADER):
-        raise ValueError(f"{len(cells)} cells instead of {len(HEADER)}")
-    row = {name: convert(name, text, kind) for (name, kind), text in zip(HEADER.items(), cells)}
-    counts = len(row["answers"]), row["answers"].count("1")
-    if not re.fullmatch("[01]+", row["answers"]) or counts != (row["n"], row["right"]):
-        raise ValueError(f"answers are not {row['right']} right ones of {row['n']}")
-    return row
-
-
-def load(path):
-    """The rows of results.csv, dicts; [] where there is none. Raises ValueError, OSError."""
-    if not path.exists():
-        return []
-    reader = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
-    try:
-        if next(reader, None) != list(HEADER):
-            raise ValueError("not the columns of this program")
-        return [parse_row(cells) for cells in reader]
-    except (ValueError, csv.Error) as e:
-        raise ValueError(f"{path}, line {reader.line_num or 1}, is damaged or foreign ({e}): "
-                         "repair it, move it away, or use another --out_dir") from None
-
-
-def add(path, row):
-    """
-    Put one more row into results.csv and results.json, each whole or not at all. The file is read
-    again before, since another evaluation may have added to it. Raises OSError.
-    """
-    try:
-        rows = [*load(path), row]
-        with atomic_open(path, "w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, HEADER, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        write_json(path.with_suffix(".json"), rows)
-    except (OSError, ValueError) as e:
-        raise OSError(f"{e}: once that is mended, the same command goes on") from None
+COLUMNS = WHO | ASKED | FOUND
 
 
 # --- The table
@@ -275,7 +228,7 @@ def total(counts):
 def make_cells(counts):
     """{subject: (right, n)} -> accuracy in the eight columns, their mean, that of all questions."""
     totals = [total(found for subject, found in counts.items()
-                    if column in (CATEGORY[subject], level(subject))) for column in COLUMNS]
+                    if column in (CATEGORY[subject], level(subject))) for column in AREAS]
     complete = all(n for _, n in totals)
     average = f"{100 * mean(right / n for right, n in totals):.1f}" if complete else NOTHING
     right, n = total(counts.values())
@@ -292,7 +245,7 @@ def name_of(who, others):
 def paper_lines():
     """The lines of the paper's Table 2."""
     with open(PAPER, newline="", encoding="utf-8") as f:
-        return [[f"paper: {row['model']}", *(row[column] for column in (*COLUMNS, "average")),
+        return [[f"paper: {row['model']}", *(row[column] for column in (*AREAS, "average")),
                  NOTHING, NOTHING] for row in csv.DictReader(f)]
 
 
@@ -302,7 +255,7 @@ def make_table(rows, paper):
     for row in rows:
         answered[tuple(row[column] for column in WHO)][row["subject"]] = row["right"], row["n"]
     lines = [[name_of(who, answered), *make_cells(counts)] for who, counts in answered.items()]
-    header = ["accuracy in %", *COLUMNS, "average", "all questions", "questions"]
+    header = ["accuracy in %", *AREAS, "average", "all questions", "questions"]
     return markdown(header, lines + (paper_lines() if paper else []))
 
 
@@ -342,18 +295,13 @@ def check_characters(run, subject, items, cloze):
         raise ValueError(f"{run.about['run']}, {subject}: {e}") from None
 
 
-def has(row, columns):
-    """Whether a row has these values, {column: value}."""
-    return all(row[column] == value for column, value in columns.items())
-
-
 def main():
     config, _ = parse(MMLUConfig, __doc__)
     out_dir = Path(config.out_dir)
     store = out_dir / "results.csv"
     with user_errors():  # what can go wrong is found here, before hours of work
         device = pick_device(config.device)
-        rows = load(store)
+        rows = results.load(store, COLUMNS)
         dtype = choose_dtype(config, device, rows)
         runs = [load_run(folder, device) for folder in config.runs]
         exam = find_exam(config.mmlu_dir, config.mmlu_dir and folder_name(config.mmlu_dir))
@@ -364,7 +312,7 @@ def main():
                  for subject, some in items.items()}
         todo = [(subject, run, run.about | {"dtype": dtype} | asked[subject])
                 for subject in items for run in runs]
-        todo = [work for work in todo if not any(has(row, work[-1]) for row in rows)]
+        todo = [work for work in todo if not results.answered(rows, work[-1])]
         for subject, run, _ in todo:
             check_characters(run, subject, items[subject], config.cloze)
         checkpoint.make_folder(out_dir)
@@ -378,14 +326,15 @@ def main():
                     with autocast(dtype, device):
                         answers = evaluate(run, subject, items[subject], config.cloze, bar)
                     found = {"right": answers.count("1"), "answers": answers}
-                    add(store, key | found | origin(device))
+                    results.add(store, key | found | origin(device), COLUMNS)
         except KeyboardInterrupt:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
 
     with user_errors():
-        rows = [row for row in load(store)
-                if row["subject"] in asked and has(row, asked[row["subject"]])]
+        rows = results.load(store, COLUMNS)
+        write_json(store.with_suffix(".json"), rows)
+        rows = [row for row in rows if any(key.items() <= row.items() for key in asked.values())]
         print(f"{make_heading(config, exam, items)}\n\n{make_table(rows, config.paper)}\n")
         print(f"{store}, {store.with_suffix('.json')}")
 

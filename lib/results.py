@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 from data.babi import TASKS
 from data.babilong import parse_length
 from data.files import atomic_open, read_utf8
+from lib.config import convert
 
 PAPER = Path(__file__).parents[1] / "data" / "paper_babilong.csv"  # of arXiv 2502.06049
 
@@ -36,32 +37,36 @@ FOUND = {"right": int, "answers": str, "accuracy": float, "parameters": int, "tr
 COLUMNS = KEY | FOUND
 
 
-def parse_row(cells):
+def parse_row(cells, columns):
     """The cells of a line -> {column: value}. Raises ValueError where they cannot be a row."""
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(cells)} cells instead of {len(COLUMNS)}")
-    row = {name: kind(cell) for (name, kind), cell in zip(COLUMNS.items(), cells)}
-    parse_length(row["length"])
+    if len(cells) != len(columns):
+        raise ValueError(f"{len(cells)} cells instead of {len(columns)}")
+    row = {name: convert(name, cell, kind) for (name, kind), cell in zip(columns.items(), cells)}
+    if "length" in row:
+        parse_length(row["length"])
     answers = row["answers"]
     counts = len(answers), answers.count("1")
     if not re.fullmatch("[01]+", answers) or counts != (row["n"], row["right"]):
         raise ValueError(f"answers are not {row['right']} right ones of {row['n']}")
-    if row["accuracy"] != row["right"] / row["n"]:
+    if row.get("accuracy") not in (None, row["right"] / row["n"]):
         raise ValueError(f"accuracy {row['accuracy']} is not {row['right']} of {row['n']}")
     return row
 
 
-def load(path):
-    """The rows of results.csv, dicts; [] where there is none. Raises ValueError, OSError."""
+def load(path, columns=COLUMNS):
+    """
+    The rows of results.csv, dicts; [] where there is none. columns: {name: type}, right and answers
+    among them. Raises ValueError, OSError.
+    """
     if not Path(path).exists():
         return []
     text = read_utf8(path)
     csv.field_size_limit(1 << 30)  # a cell has the answers to any number of questions
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        if next(reader, None) != list(COLUMNS):
+        if next(reader, None) != list(columns):
             raise ValueError("not the columns of this program")
-        rows = [parse_row(cells) for cells in reader]
+        rows = [parse_row(cells, columns) for cells in reader]
         if not text.endswith("\n"):
             raise ValueError("the line does not end")
     except (ValueError, csv.Error) as e:
@@ -70,15 +75,15 @@ def load(path):
     return rows
 
 
-def add(path, row):
+def add(path, row, columns=COLUMNS):
     """
     Put one more row into results.csv, whole or not at all. The file is read again before, since
     another evaluation may have added to it. Raises OSError; the file is then as it was.
     """
     try:
-        rows = [*load(path), row]
+        rows = [*load(path, columns), row]
         with atomic_open(path, "w", encoding="utf-8", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(f, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     except (OSError, ValueError) as e:
@@ -86,8 +91,8 @@ def add(path, row):
 
 
 def answered(rows, key):
-    """Whether one of the rows is of this key, a dict."""
-    return any(all(row[column] == key[column] for column in KEY) for row in rows)
+    """Whether one of the rows has the values of this key, a dict."""
+    return any(key.items() <= row.items() for row in rows)
 
 
 def subject(row):
