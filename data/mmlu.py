@@ -20,7 +20,7 @@ import pyarrow
 from pyarrow import parquet
 
 from data import text
-from data.download import FAILURES, check_sha256, download, download_wheel
+from data.download import check_sha256, download, download_wheel, from_first
 from data.files import atomic_open, read_utf8
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
@@ -249,11 +249,12 @@ def read_prompts(path):
 # --- Where they are from
 
 def from_public_address(folder):
-    """Of the original archive the CSV files of test and dev."""
+    """Of the original archive the CSV files of test and dev -> their folder."""
     archive = folder / "data.tar"
     download(URL, archive)
     check_sha256(archive, URL_SHA256)
     unpack(archive, folder / "mmlu")
+    return folder / "mmlu"
 
 
 def unpack(archive, folder):
@@ -267,12 +268,13 @@ def unpack(archive, folder):
 
 
 def from_wheel(folder):
-    """The prompts of lm-eval."""
+    """The prompts of lm-eval -> their folder."""
     print(f"fetching the questions in the prompts of {WHEEL} from the package index", flush=True)
     wheel, path = download_wheel(WHEEL, WHEEL_SHA256, folder), folder / "mmlu" / "prompts.json"
     with zipfile.ZipFile(wheel) as z, atomic_open(path) as f:
         f.write(z.read(WHEEL_FILE))
     check_sha256(path, PROMPTS_SHA256)
+    return path.parent
 
 
 def fetch_mmlu(folder):
@@ -281,17 +283,10 @@ def fetch_mmlu(folder):
     all. Raises OSError where no source answers.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for source in (from_public_address, from_wheel):
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            try:
-                source(Path(aside))
-            except (*FAILURES, KeyError, tarfile.TarError) as e:
-                why = str(e)[:120] or type(e).__name__
-                print(f"no MMLU {source.__name__.replace('_', ' ')}: {why}", flush=True)
-                continue
-            (Path(aside) / "mmlu").rename(folder)
-            return
-    raise OSError("no source for MMLU can be reached: name a folder with its files, --mmlu_dir=DIR")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+        found = from_first("MMLU", (from_public_address, from_wheel), aside,
+                           "name a folder with its files, --mmlu_dir=DIR")
+        found.rename(folder)
 
 
 def find_exam(mmlu_dir, source):

