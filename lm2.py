@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 linear = partial(nn.Linear, bias=False)
 
@@ -47,14 +46,11 @@ class LM2Config:
     rope_factor: float = 1.0     # Llama 3's rope scaling: the slow angles turn so much more slowly
     rope_context: int = 8192     # tokens of a text before that scaling
     tie_head: bool = False       # the head has the embedding's weights
-    checkpoint_activations: bool = False  # blocks are computed again in the backward pass
     attention: str = "window"    # window: the last block_size tokens; full: all tokens before
     # memory
     memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
     mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
-    mem_layers: int = -1         # blocks with a bank, -1: all from mem_start on
-    mem_start: int = 0           # the first of them, counted from 0
-    mem_topk: int = 0            # slots that a token reads in each head, 0: all
+    mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
     mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
     window_dropout: float = 0.0  # share of training batches whose attention stays in the segment
 
@@ -68,7 +64,7 @@ class LM2Config:
 
     @property
     def n_banks(self):  # blocks with a bank
-        layers = self.n_layer - self.mem_start if self.mem_layers < 0 else self.mem_layers
+        layers = self.n_layer if self.mem_layers < 0 else self.mem_layers
         return layers if self.memory == "lm2" else 0
 
     def __post_init__(self):
@@ -86,24 +82,16 @@ class LM2Config:
         for name, whole in (("n_head", "n_embd"), ("n_kv_head", "n_head")):
             require(value[name] >= 0 and value[whole] % (value[name] or 1) == 0,
                     f"{name}={value[name]} must divide {whole}={value[whole]}")
-        require(self.head_dim % 2 == 0,
-                f"n_embd/n_head={self.head_dim} must be even for rotary positions")
-        require(self.memory != "rmt" or not self.checkpoint_activations,
-                "checkpoint_activations=True is not for memory=rmt: leave it out")
+        require(self.head_dim % 2 == 0, f"n_embd/n_head={self.head_dim} must be even for RoPE")
         if self.memory != "lm2":
             return
         require(self.attention == "window" or self.window_dropout == 0,
                 f"window_dropout={self.window_dropout} needs attention=window")
         require(self.mem_write == "attend" or self.mem_slots == self.block_size,
-                f"mem_write=aligned needs mem_slots={self.mem_slots} to equal "
-                f"block_size={self.block_size}")
-        for name, lowest, most in (("mem_slots", 1, "n_embd"), ("mem_layers", -1, "n_layer"),
-                                   ("mem_topk", 0, "mem_slots")):
+                f"mem_slots={self.mem_slots} must be block_size={self.block_size} with aligned")
+        for name, lowest, most in (("mem_slots", 1, "n_embd"), ("mem_layers", -1, "n_layer")):
             require(lowest <= value[name] <= value[most],
                     f"{name}={value[name]} must be from {lowest} to {most}={value[most]}")
-        require(0 <= self.mem_start < self.n_layer >= self.mem_start + self.n_banks,
-                f"mem_layers={self.mem_layers} from mem_start={self.mem_start} on are not all "
-                f"among the n_layer={self.n_layer} blocks")
 
 
 class Tokens(NamedTuple):
@@ -141,14 +129,13 @@ def wide(x):
 def rope_angles(pos, length, config, device):
     """Rotary angles of the positions from pos on: cos and sin, (length, 1, hs) each; sin is
     negative in its first half, see `rotate`. In float64, so that they are exact at any position."""
-    c = config
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     arange = partial(torch.arange, dtype=torch.float64, device=where)
-    frequencies = c.rope_theta ** (-arange(0, c.head_dim, 2) / c.head_dim)
-    if c.rope_factor != 1:  # of Llama 3: for what turns less than once in rope_context, in full;
-        turns = c.rope_context * frequencies / (2 * math.pi)  # from four times on not at all
-        kept = ((turns - 1) / 3).clamp(0, 1)
-        frequencies = frequencies * (kept + (1 - kept) / c.rope_factor)
+    frequencies = config.rope_theta ** (-arange(0, config.head_dim, 2) / config.head_dim)
+    # Llama 3's scaling slows what turns once or less in rope_context, and not what turns 4 times
+    turns = config.rope_context * frequencies / (2 * math.pi)
+    slowed = ((4 - turns) / 3).clamp(0, 1)
+    frequencies = frequencies * (1 - slowed * (1 - 1 / config.rope_factor))
     angles = arange(pos, pos + length)[:, None, None] * frequencies     # (length, 1, hs / 2)
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
     sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
@@ -196,7 +183,7 @@ def window_attention(q, k, v, T, pos=0, within_segment=False):
     within_segment, a bool or tensor (): attention ends at the segment's border
     -> (B, L, nh * hs)"""
     L, past, begun = q.size(1), k.size(1) - q.size(1), pos % T
-    n_first = min(T - begun, L)  # tokens up to the end of the segment that was begun before
+    n_first = min(T - begun, L)  # tokens up to the end of the first segment
     mask = None
     if n_first > 1 or within_segment is not False:  # one token alone sees all that is kept
         mask = causal_mask(n_first, past + n_first, T, q.device, (past - begun) * within_segment)
@@ -286,11 +273,7 @@ class MemoryBank(nn.Module):
         c = self.config
         q = norm_heads(wide(self.w_q(h)).unflatten(-1, (c.n_head, c.head_dim)), c)
         q, keys, values = q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
-        mask = None
-        if c.mem_topk:
-            scores = q.transpose(1, 2) @ keys.permute(0, 2, 3, 1)       # (B * S, nh, L, N)
-            mask = scores >= scores.topk(c.mem_topk).values[..., -1:]
-        return attend(q, keys, values, mask).view_as(h)
+        return attend(q, keys, values).view_as(h)
 
     def output_gate(self, E_mem):
         """g_out, of the shape of E_mem."""
@@ -429,8 +412,7 @@ class LM2(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        banks = range(config.mem_start, config.mem_start + config.n_banks)
-        self.blocks = nn.ModuleList(Block(config, has_memory=layer in banks)
+        self.blocks = nn.ModuleList(Block(config, has_memory=layer < config.n_banks)
                                     for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.head = linear(config.n_embd, config.vocab_size)
@@ -443,11 +425,9 @@ class LM2(nn.Module):
         """
         linear layers       normal, std 1/sqrt(fan_in); biases zero
         embedding           normal, std 0.5; slot queries normal, std 1
-        head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first;
-                            a tied head has a linear layer's weights
+        head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first
         gates               zero weights, so that they start at their biases: input and output gate
-                            half open (closed, they hide the gradient), forget gate +2 (0.88)
-        everything else     as PyTorch makes it: gains are one"""
+                            half open (closed, they hide the gradient), forget gate +2 (0.88)"""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(std=0.5)
@@ -488,17 +468,14 @@ class LM2(nn.Module):
         """idx (B, L) token ids, L >= 1; state: the State before them, None at the start of a text;
         repeats as in `forward` -> normed features (B, L, D), the State after. Raises ValueError."""
         self.check(idx, repeats)
-        c, length = self.config, idx.size(1)
         state = state or self.initial_state(len(idx))
-        rope = rope_angles(state.pos, length, c, idx.device)
+        rope = rope_angles(state.pos, idx.size(1), self.config, idx.device)
         within_segment = self.draw_window_dropout(idx.device)
         x, layers = self.dropout(self.embedding(idx)), []
         for block, layer in zip(self.blocks, state.layers):
-            if c.checkpoint_activations and torch.is_grad_enabled():  # less memory, more time
-                block = partial(checkpoint, block, use_reentrant=False)
             x, layer = block(x, state.pos, rope, layer, within_segment, repeats)
             layers.append(layer)
-        return self.norm(x), State(state.pos + length, layers)
+        return self.norm(x), State(state.pos + idx.size(1), layers)
 
     def forward(self, idx, targets=None, state=None, repeats=None):
         """idx (B, L) token ids, any L >= 1; targets (B, L), -1 where nothing is to be predicted;

@@ -67,6 +67,7 @@ class TrainConfig(LM2Config):
     dtype: str = "auto"           # of the matmuls: auto (the faster), float32 or bfloat16
     num_workers: int = 0          # processes that make batches ahead, where a GPU waits for stories
     compile: bool | None = None   # torch.compile the model; auto: on a GPU
+    checkpoint_activations: bool = False  # blocks are computed again going back: less memory
     # run
     out_dir: str = "out/DATASET"  # folder of the run
     init_from: str = ""           # folder of a run whose weights and shape this one begins with
@@ -93,6 +94,8 @@ class TrainConfig(LM2Config):
         if self.freeze not in ("", "decoder") or self.freeze and not self.init_from:
             raise ValueError(f"freeze={self.freeze} is not known, or there is nothing to keep: "
                              "use decoder, with --init_from")
+        if self.checkpoint_activations and self.memory == "rmt":
+            raise ValueError("checkpoint_activations=True is not for memory=rmt: leave it out")
         if not self.out_dir.strip():
             raise ValueError("out_dir is empty: name a folder, or leave it out")
         if self.out_dir == "out/DATASET":
@@ -204,6 +207,8 @@ def main():
     torch.manual_seed(config.seed)
     raw_model = checkpoint.make_model(config.model_config()).to(device)
     run.freeze(raw_model, config.freeze)
+    if config.checkpoint_activations:
+        run.checkpoint_activations(raw_model)
     optimizers = make_optimizers(raw_model, config.learning_rate, config.adam_lr,
                                  config.weight_decay, config.momentum)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]

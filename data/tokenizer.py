@@ -157,7 +157,7 @@ def bytes_of_tokens(description):
 
 def visible_bytes():
     """{character: byte}, the 256 characters in which byte-level tokenizers write bytes."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), 256)]
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]  # as Latin-1 they are visible
     unseen = [i for i in range(256) if i not in seen]
     return ({chr(i): bytes([i]) for i in seen}
             | {chr(256 + n): bytes([i]) for n, i in enumerate(unseen)})

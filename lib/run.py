@@ -3,10 +3,12 @@ import math
 import os
 import signal
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.corpus import open_corpus
 from data.curriculum import open_stories
@@ -18,10 +20,9 @@ from lib.device import memory_of
 from lm2 import LM2Config
 
 # of a model: what its weights must fit
-SHAPE = ({f.name for f in fields(LM2Config)}
-         - {"dropout", "window_dropout", "checkpoint_activations"})
+SHAPE = {f.name for f in fields(LM2Config)} - {"dropout", "window_dropout"}
 RESUMABLE = {"max_iters", "lr_decay_iters", "eval_interval", "eval_iters", "device", "dtype",
-             "num_workers", "compile", "out_dir", "resume", "overwrite"}
+             "num_workers", "compile", "checkpoint_activations", "out_dir", "resume", "overwrite"}
 
 
 def processes():
@@ -175,8 +176,7 @@ def check_memory(config, device):
     n_tokens = config.batch_size * config.n_segments * config.block_size
     try:
         with torch.device("meta"):  # one block without a bank; the others are as large, or larger
-            model = checkpoint.make_model(replace(config.model_config(), n_layer=1, mem_layers=0,
-                                                   mem_start=0))
+            model = checkpoint.make_model(replace(config.model_config(), n_layer=1, mem_layers=0))
     except (RuntimeError, TypeError, OverflowError):  # sizes of more than 64 bits
         needed = math.inf
     else:
@@ -243,6 +243,12 @@ def initial_weights(config):
             raise ValueError(f"init_from={config.init_from} has {name}={value}, not "
                              f"{getattr(config, name)}: give --{name}={value}")
     return model.state_dict()
+
+
+def checkpoint_activations(model):
+    """Keep of an LM2's blocks their inputs alone: backward computes each block once more."""
+    for block in model.blocks:
+        block.forward = partial(recomputed, block.forward, use_reentrant=False)
 
 
 def freeze(model, part):

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {"lm2.py": 0, "baselines": 1, "data": 1, "lib": 2, "programs": 3, "tests": 4}
 MAX_COLUMNS = 100
-MAX_LINES = {"lm2.py": 545, "train.py": 350}
+MAX_LINES = {"lm2.py": 520, "train.py": 350}
 MAX_LINES_ELSEWHERE = 400
 README_LINES, README_BYTES = 180, 14_336
 TOP_LEVEL_ENTRIES = 20
@@ -262,7 +262,7 @@ WIDE = "x = " + "1" * 97
     (imports_of_the_model, {"lm2.py": "import math, numpy.linalg"}, "lm2.py imports numpy"),
     (imports_of_the_model, {"lm2.py": "from lib.optim import Muon"}, "lm2.py imports lib"),
     (long_lines, {"tests/conftest.py": WIDE}, "tests/conftest.py:1 has 101 columns"),
-    (long_files, {"lm2.py": "\n" * 546}, "lm2.py has 546 lines"),
+    (long_files, {"lm2.py": "\n" * 521}, "lm2.py has 521 lines"),
     (long_files, {"train.py": "\n" * 351}, "train.py has 351 lines"),
     (long_files, {"lib/config.py": "\n" * 401}, "lib/config.py has 401 lines"),
     (long_readme, {"README.md": "\n" * 181}, "README.md has 181 lines"),
@@ -278,7 +278,7 @@ def test_what_breaks_the_house_is_named(house, check, files, complaint):
     {"lm2.py": "import torch.nn as nn\nfrom math import pi"},
     {"lib/config.py": "import lm2\nfrom data import text\nfrom lib import optim"},
     {"tests/conftest.py": "import train\nfrom lib import optim", "train.py": "import lm2"},
-    {"tests/conftest.py": "\n" * 2000, "lm2.py": "\n" * 545, "train.py": "x" * 100},
+    {"tests/conftest.py": "\n" * 2000, "lm2.py": "\n" * 520, "train.py": "x" * 100},
 ])
 def test_what_the_house_allows_is_not_complained_of(house, files):
     write_files(house, files)

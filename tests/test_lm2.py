@@ -22,8 +22,7 @@ from lm2 import (
 )
 
 T = 8
-WRITES = [dict(mem_write="attend", mem_slots=5), dict(mem_write="aligned", mem_slots=T),
-          dict(mem_write="attend", mem_slots=5, mem_topk=2)]
+WRITES = [dict(mem_write="attend", mem_slots=5), dict(mem_write="aligned", mem_slots=T)]
 MODELS = WRITES + [dict(attention="full"), dict(memory="none"),
                    dict(memory="none", attention="full"), dict(mem_layers=1), dict(n_kv_head=1)]
 RMTS = [dict(memory="rmt"), dict(memory="rmt", n_kv_head=1), dict(memory="rmt", mem_slots=1),
@@ -322,16 +321,6 @@ def test_double_precision_runs_whole_and_in_chunks():
     torch.testing.assert_close(in_chunks(model, idx, [T + 3, 2 * T - 2])[0], whole)
 
 
-@pytest.mark.parametrize("values, banks", [
-    ({}, [0, 1, 2]), (dict(mem_layers=1), [0]), (dict(mem_start=1), [1, 2]),
-    (dict(mem_start=1, mem_layers=1), [1]), (dict(mem_layers=0), [])],
-    ids=str)
-def test_the_wanted_blocks_have_a_bank(values, banks):
-    model = make_small(**values)
-    assert [i for i, block in enumerate(model.blocks) if block.memory] == banks
-    assert model.config.n_banks == len(banks)
-
-
 def test_a_tied_head_is_the_embedding_and_learns():
     torch.manual_seed(0)
     model = LM2(LM2Config(vocab_size=13, n_layer=1, n_head=2, n_embd=16, mem_slots=4,
@@ -347,30 +336,6 @@ def test_a_tied_head_is_the_embedding_and_learns():
         losses.append(loss.item())
     assert model.head.weight is model.embedding.weight
     assert losses[0] < 1.5 * math.log(13) and losses[-1] < 0.5 * losses[0]
-
-
-@pytest.mark.parametrize("kwargs", [{}, dict(memory="none"), dict(attention="full")], ids=str)
-def test_checkpoint_activations_gives_the_same_gradients(kwargs):
-    found = []
-    for checkpointed in (False, True):
-        model = make_small(checkpoint_activations=checkpointed, dropout=0.1, **kwargs).train()
-        idx = torch.randint(13, (2, 3 * T), generator=torch.Generator().manual_seed(0))
-        torch.manual_seed(1)
-        loss = model(idx, idx)[1]
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
-
-
-def test_checkpoint_activations_keeps_no_activations_inside_of_blocks():
-    kept = []
-    for checkpointed in (False, True):
-        model, sizes = make_small(checkpoint_activations=checkpointed, n_layer=4).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
-                                                      lambda x: x):
-            model(torch.randint(13, (2, 3 * T)))[0]
-        kept.append(sum(sizes))
-    assert kept[1] < kept[0] / 3
 
 
 # --- Parts
@@ -436,7 +401,7 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     (dict(n_embd=30, n_head=4), "n_head=4"), (dict(n_head=4, n_kv_head=3), "n_kv_head=3"),
     (dict(n_head=4, n_kv_head=-1), "n_kv_head=-1"), (dict(n_head=2, n_kv_head=4), "n_kv_head=4"),
     (dict(n_embd=8, mem_slots=9, n_head=2), "mem_slots=9"), (dict(mem_slots=0), "mem_slots=0"),
-    (dict(mem_write="aligned", mem_slots=7), "mem_slots=7"), (dict(mem_topk=99), "mem_topk=99"),
+    (dict(mem_write="aligned", mem_slots=7), "mem_slots=7"),
     (dict(n_embd=12, n_head=4), "n_embd/n_head=3"), (dict(mem_layers=9), "mem_layers=9"),
     (dict(mem_layers=-2), "mem_layers=-2"), (dict(attention="half"), "attention=half"),
     (dict(memory="rnn"), "memory=rnn"), (dict(mem_write="x"), "mem_write=x"),
@@ -444,9 +409,6 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     (dict(dropout=math.nan), "dropout=nan"), (dict(window_dropout=-0.1), "window_dropout=-0.1"),
     (dict(norm_eps=0.0), "norm_eps=0.0"), (dict(rope_theta=math.nan), "rope_theta=nan"),
     (dict(rope_factor=0.0), "rope_factor=0.0"), (dict(rope_context=0), "rope_context=0"),
-    (dict(memory="rmt", checkpoint_activations=True), "checkpoint_activations=True"),
-    (dict(mem_start=-1), "mem_start=-1"), (dict(mem_start=4), "mem_start=4"),
-    (dict(mem_start=3, mem_layers=2), "mem_start=3 on are"),
     (dict(vocab_size=0), "vocab_size=0"), (dict(mlp_ratio=-1.0), "mlp_ratio=-1.0"),
     (dict(window_dropout=0.5, attention="full"), "window_dropout=0.5"),
     (dict(mlp_ratio=math.inf), "mlp_ratio=inf")], ids=str)

@@ -11,7 +11,7 @@ from lm2 import LM2, BankState, LM2Config, MemoryBank, Tokens, norm_heads
 
 T, N, D, HEADS, SEGMENTS, BATCH = 6, 4, 16, 2, 3, 2
 ALIGNED = dict(mem_write="aligned", mem_slots=T)
-CASES = [dict(), dict(mem_topk=2), dict(qk_norm=False), ALIGNED, dict(mem_topk=3, **ALIGNED)]
+CASES = [dict(), dict(qk_norm=False), ALIGNED, dict(qk_norm=False, **ALIGNED)]
 REPEATS = np.array([[1, 3, 1], [4, 1, 7]])  # (B, S), of time dilation
 WITH_REPEATS = [(case, None) for case in CASES] + [(case, REPEATS) for case in CASES[:1]]
 
@@ -29,14 +29,12 @@ def qk_norm(x, config):
     return rms_norm(x.reshape(len(x), HEADS, -1), config).reshape(x.shape) if config.qk_norm else x
 
 
-def cross_attention(q, k, v, topk=0):
+def cross_attention(q, k, v):
     """softmax(Q K^T / sqrt(d)) V, head by head. q (Lq, D), k and v (Lk, D) -> (Lq, D)"""
     d, heads = D // HEADS, []
     for i in range(HEADS):
         columns = slice(i * d, (i + 1) * d)
         scores = q[:, columns] @ k[:, columns].T / np.sqrt(d)
-        if topk:
-            scores[scores < np.sort(scores, axis=1)[:, -topk][:, None]] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         heads.append(weights / weights.sum(axis=1, keepdims=True) @ v[:, columns])
     return np.concatenate(heads, axis=1)
@@ -57,7 +55,7 @@ def reference(bank, h, k, v, M, repeats=None):
         Q = x @ p["w_q.weight"].T                                              # Eq. 1
         K, V = slots @ p["w_k.weight"].T, slots @ p["w_v.weight"].T            # Eq. 1
         Q, K = qk_norm(Q, config), qk_norm(K, config)
-        E = cross_attention(Q, K, V, config.mem_topk)                          # Eq. 2
+        E = cross_attention(Q, K, V)                                           # Eq. 2
         g_out = sigmoid(E @ p["w_out.weight"].T + p["w_out.bias"])             # Eq. 3
         outputs.append(g_out * E)
         if config.mem_write == "attend":

@@ -225,3 +225,46 @@ def test_a_model_that_fits_is_not_refused():
     takes = 16 * sum(p.numel() for p in model.parameters())
     with patch("lib.run.memory_of", return_value=takes + 8 * 4 * 60 * 2 * 16):
         run.check_memory(config, CPU)
+
+
+# --- Less memory
+
+def small(**kwargs):
+    """A small model in training, with no parameter at zero."""
+    torch.manual_seed(0)
+    model = LM2(LM2Config(**SIZES | dict(n_layer=4) | kwargs))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    return model.train()
+
+
+@pytest.mark.parametrize("kwargs", [{}, dict(memory="none"), dict(attention="full")], ids=str)
+def test_checkpointed_activations_give_the_same_gradients(kwargs):
+    found, idx = [], torch.arange(48).view(2, 24) % 7
+    for checkpointed in (False, True):
+        model = small(dropout=0.1, **kwargs)
+        if checkpointed:
+            run.checkpoint_activations(model)
+        torch.manual_seed(1)
+        loss = model(idx, idx)[1]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def test_checkpointed_activations_are_not_kept_inside_of_blocks():
+    kept = []
+    for checkpointed in (False, True):
+        model, sizes = small(), []
+        if checkpointed:
+            run.checkpoint_activations(model)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x,
+                                                      lambda x: x):
+            model(torch.arange(48).view(2, 24) % 7)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 3
+
+
+def test_checkpointed_activations_are_refused_where_they_would_do_nothing():
+    with pytest.raises(ValueError, match="^checkpoint_activations=True is not for memory=rmt"):
+        TrainConfig(memory="rmt", checkpoint_activations=True)
