@@ -21,7 +21,7 @@ SMALL = ["--n_layer=1", "--n_embd=16", "--n_head=2", "--block_size=8", "--mem_sl
          "--n_segments=2", "--batch_size=2", "--eval_iters=1", "--warmup_iters=2", "--device=cpu",
          "--dtype=float32"]
 SOURCES = ("*.py", "baselines/*.py", "config/*.toml", "data/*.py", "data/*.csv", "docs/*",
-           "lib/*.py", "results/*", "tests/*", "*.md", "*.toml")
+           "lib/*.py", "results/*", "tests/*", "*.md", "*.toml", ".pytest.ini")
 
 
 def copy_sources(folder):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from recall import recall_accuracy, train_recall
 from torch import nn
 from torch.nn import functional as F
 
@@ -431,33 +432,9 @@ def test_norm_eps_reaches_every_norm():
     assert torch.equal(norm_heads(x, plain.config), x)
 
 
-def recall_accuracy(memory, steps=150):
-    """
-    A symbol stands in the first segment between blanks; 18 tokens later it is asked for. Windows of
-    8 tokens need three layers to reach that far (7 tokens each); the model has two.
-    -> accuracy of the answers after training; a guess is right 1 time in 8
-    """
-    torch.manual_seed(0)
-    symbols, blank, question, distance = 8, 8, 9, 2 * (T - 1) + 4
-    model = LM2(LM2Config(vocab_size=10, block_size=T, n_layer=2, n_head=2, n_embd=32, mem_slots=4,
-                          memory=memory))
-    optimizers = make_optimizers(model, 0.02, 5e-3, 0.0)
-    for step in range(steps + 1):
-        position, answer = torch.randint(T, (64,)), torch.randint(symbols, (64,))
-        idx, rows = torch.full((64, T + distance), blank), torch.arange(64)
-        idx[rows, position], idx[rows, position + distance] = answer, question
-        logits = model(idx)[0][rows, position + distance]
-        if step == steps:
-            return (logits.argmax(dim=-1) == answer).float().mean().item()
-        F.cross_entropy(logits, answer).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-
 def test_memory_recalls_what_lies_beyond_every_window():
-    assert recall_accuracy("lm2") > 0.95
-    assert recall_accuracy("none") < 0.35
+    assert recall_accuracy(train_recall("lm2")) > 0.95
+    assert recall_accuracy(train_recall("none")) < 0.35
 
 
 @pytest.mark.parametrize("kwargs", MODELS[:4] + RMTS[:1], ids=str)

@@ -1,0 +1,168 @@
+"""
+Where a token's memory comes from. With the `attend` write Eq. 6 is linear in the bank, so that each
+number of a bank is a sum over the segments that were written,
+
+    M_S = sum over s of (product of g_forget,r for all r > s) * g_in,s * tanh(C_s)
+          + (product of all g_forget,r) * M_0
+
+and what a token reads is linear in that sum, once the weights of its read and the norm of each slot
+are given. So every segment has its share of a read, and the identity, M_0, has the rest.
+
+    found = trace(model, ids)
+    identity, segments = shares(model, found, layer=2, token=-1)
+
+Shapes as in lm2.py: L tokens, S whole segments, T = block_size, N slots, D width, nh heads.
+"""
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from lm2 import norm_heads, require
+
+
+class BankTrace(NamedTuple):
+    """What the bank of one block did while a text was read: float32, on the CPU."""
+    g_in: torch.Tensor      # (S, N, D) the input gate of each segment, Eq. 4
+    g_forget: torch.Tensor  # (S, N, D) its forget gate, Eq. 5
+    content: torch.Tensor   # (S, N, D) tanh(C): what the input gate lets in
+    looked: torch.Tensor    # (S, N, nh, T) where slots looked: weights over a segment's tokens;
+    #                         not with `aligned`
+    banks: torch.Tensor     # (S + 1, N, D) the bank after 0, 1, ..., S segments, Eq. 6
+    queries: torch.Tensor   # (L, nh, hs) what tokens ask the bank with, Eq. 1
+    E_mem: torch.Tensor     # (L, D) what was read; zero in the first segment
+    g_out: torch.Tensor     # (L, D) output gate, Eq. 3
+
+
+class Trace(NamedTuple):
+    """What all banks did while a text was read."""
+    ids: torch.Tensor     # (L,) the text
+    logits: torch.Tensor  # (vocab_size,) after its last token
+    banks: dict           # {layer, from 0: its BankTrace}
+
+
+def attention_weights(q, k):
+    """softmax(Q K^T / sqrt(hs)). q (Lq, nh, hs), k (Lk, nkv, hs) -> (Lq, nh, Lk)"""
+    k = k.repeat_interleave(q.size(1) // k.size(1), dim=1)
+    return (torch.einsum("qhd,khd->qhk", q, k) * q.size(-1) ** -0.5).softmax(-1)
+
+
+def by_heads(x, memory):
+    """x (n, D) as queries (n, nh, hs), normed as memory's config says."""
+    c = memory.config
+    return norm_heads(x.unflatten(-1, (c.n_head, c.head_dim)), c)
+
+
+def note(seen, memory, inputs, outputs):
+    """A hook of a MemoryBank: adds to BankTrace `seen`, of lists, what it did with one segment."""
+    h, keys, values, before, *_ = inputs
+    _, after = outputs
+    E_mem = memory.read(h[:, None], before.keys[:, None], before.values[:, None])[0, 0]
+    seen.queries.append(by_heads(memory.w_q(h[0]), memory))
+    seen.E_mem.append(E_mem)
+    seen.g_out.append(memory.output_gate(E_mem))
+    if h.size(1) < memory.config.block_size:
+        return  # the rest of the text is not written
+    if memory.config.mem_write == "attend":
+        C = memory.content(keys[:, None], values[:, None])
+        g_in, g_forget = memory.gates(C, C)
+        seen.looked.append(attention_weights(by_heads(memory.slot_queries, memory), keys[0])[None])
+    else:
+        C = memory.read(h[:, None], *memory.keys_values(before.M[:, None]))
+        g_in, g_forget = memory.gates(h[:, None], C)
+    seen.g_in.append(g_in[0])
+    seen.g_forget.append(g_forget[0])
+    seen.content.append(C[0].tanh())
+    seen.banks.append(after.M)
+
+
+@torch.no_grad()
+def trace(model, ids):
+    """
+    Read a text with a model, segment by segment. ids (L,) -> Trace, whose size grows with L. Raises
+    ValueError for a model without banks and a text without tokens.
+    """
+    c = model.config
+    require(c.n_banks, f"memory={c.memory} has no bank to look into: name a run with memory=lm2")
+    layers = {layer: block.memory for layer, block in enumerate(model.blocks) if block.memory}
+    state = model.initial_state(1)
+    seen, hooks = {}, []
+    for layer, memory in layers.items():
+        seen[layer] = BankTrace(*([] for _ in BankTrace._fields))
+        seen[layer].banks.append(state.layers[layer].bank.M)
+        hooks.append(memory.register_forward_hook(partial(note, seen[layer])))
+    try:
+        for segment in ids[None].split(c.block_size, dim=1):
+            x, state = model.features(segment, state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    none = torch.zeros(0, c.mem_slots, c.n_embd)  # of a text shorter than a segment
+    banks = {layer: BankTrace._make(torch.cat(parts).float().cpu() if parts else none
+                                    for parts in found)
+             for layer, found in seen.items()}
+    return Trace(ids.cpu(), model.head(x[0, -1]).float().cpu(), banks)
+
+
+@torch.no_grad()
+def read_weights(model, found, layer, tokens, s):
+    """
+    Where tokens would look in the bank after s segments (Eq. 2), which those of segment s do see.
+    tokens: a slice -> (tokens, N, nh). After 0 segments there is nothing to read, and each slot
+    counts as much as any.
+    """
+    memory, bank = model.blocks[layer].memory, found.banks[layer]
+    keys, _ = memory.keys_values(bank.banks[s].to(memory.norm.weight))
+    queries = bank.queries[tokens].to(keys)
+    return attention_weights(queries, keys * (s > 0)).transpose(1, 2).float().cpu()
+
+
+# --- Shares
+
+@torch.no_grad()
+def contributions(model, found, layer, token):
+    """
+    What each number of a bank brings along to what a token reads, by the segment that wrote it
+    -> (s + 1, N, D): what is left of the identity, then of the s segments before the token's. They
+    are measured along g_out * E_mem, which the block adds to the token, and their sum is 1. Raises
+    ValueError where nothing is read, and with `aligned`, whose content comes from the bank.
+    """
+    c, memory, bank = model.config, model.blocks[layer].memory, found.banks[layer]
+    require(c.mem_write == "attend", "a bank written by mem_write=aligned is no sum over segments: "
+            "what it writes comes from the bank")
+    token = range(len(found.ids))[token]
+    s = token // c.block_size
+    g_out, E_mem = bank.g_out[token].double(), bank.E_mem[token].double()
+    added = g_out * E_mem
+    require(added.any(), f"token {token} reads nothing in block {layer}: the memory is empty there")
+    # E_mem = reads * (M / norm) W_V is linear in M, so that each number of M has a fixed effect
+    M = bank.banks[s].double()
+    norm = (M.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()      # (N, 1)
+    gain, w_v = memory.norm.weight.cpu().double(), memory.w_v.weight.cpu().double()
+    reads = read_weights(model, found, layer, slice(token, token + 1), s)[0].double()
+    reads = reads.repeat_interleave(c.head_dim, dim=-1)                 # (N, D)
+    effect = (reads * g_out * added) @ w_v * gain / norm / added.square().sum()
+    written = torch.cat((bank.banks[:1], bank.g_in[:s] * bank.content[:s])).double()
+    g_forget = torch.cat((bank.g_forget[:s], torch.ones_like(bank.banks[:1]))).double()
+    kept = g_forget.flip(0).cumprod(0).flip(0)  # of what was there before each segment
+    return written * kept * effect
+
+
+def shares(model, found, layer, token):
+    """
+    The shares of the identity, (), and of each segment before the token's, (s,), in what a token
+    reads. They sum to 1; one that points the other way is negative. Raises as `contributions`.
+    """
+    by_segment = contributions(model, found, layer, token).sum((1, 2))
+    return by_segment[0], by_segment[1:]
+
+
+def token_shares(model, found, layer, token):
+    """
+    The shares of the s * T tokens before the token's segment: each segment's, carried on by where
+    its slots looked. Raises as `contributions`.
+    """
+    parts = contributions(model, found, layer, token)[1:]               # (s, N, D)
+    parts = parts.unflatten(-1, (model.config.n_head, -1)).sum(-1)      # (s, N, nh)
+    looked = found.banks[layer].looked[:len(parts)].double()
+    return torch.einsum("snh,snht->st", parts, looked).flatten()

@@ -1,0 +1,196 @@
+"""look.py: what an answer came from, as text, picture and page; bad input is told in one line."""
+import csv
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, is_one_line
+from PIL import Image
+
+from data.tokenizer import make_tokenizer
+from lib.trace import trace
+from lib.trace_page import page
+from lib.view import Gift, Mark, looks_of, make_view, words_of
+from lm2 import LM2, LM2Config
+
+STORIES = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=200",
+           "--tokenizer=char", "--max_iters=2"]
+RUNS = {"stories": STORIES, "text": ["--max_iters=2"],
+        "aligned": ["--max_iters=2", "--mem_write=aligned", "--mem_slots=8"],
+        "full": ["--max_iters=2", "--attention=full"],
+        "none": ["--max_iters=2", "--memory=none"], "rmt": ["--max_iters=2", "--memory=rmt"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs(checkout):
+    for name, flags in RUNS.items():
+        checkout.train(f"out/{name}", *flags)
+
+
+def look(call, run, *args):
+    code, out, err = call("look.py", f"out/{run}", "--device=cpu", *args)
+    assert code == 0, err
+    return out
+
+
+def memory_is_read(model):
+    """After two steps of training memory is hardly read: make it so."""
+    with torch.no_grad():
+        for block in model.blocks:
+            block.memory.w_v.weight.normal_()
+    return model
+
+
+# --- The program
+
+def test_a_story_gives_an_answer_a_picture_and_a_page(checkout, call):
+    out = look(call, "stories", "--task=qa1", "--length=600", "--seed=3")
+    assert "Where is " in out and "600 tokens in segments of 8" in out
+    assert "What the last token read" in out and "[" in out
+    with Image.open(checkout.folder / "out/stories/look.png") as picture:
+        assert picture.width == 1800
+        assert len(np.unique(np.asarray(picture.convert("L")))) > 20, "the picture is empty"
+    assert "data:image/png;base64," in (checkout.folder / "out/stories/look.html").read_text()
+
+
+def test_the_same_seed_looks_at_the_same_story(call):
+    first, again, other = (look(call, "stories", "--length=100", f"--seed={s}") for s in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("length", ["0k", "64"])
+def test_short_stories_are_looked_at(call, length):
+    look(call, "stories", f"--length={length}")
+
+
+@pytest.mark.parametrize("run", ["text", "full", "stories"])
+def test_any_run_with_banks_looks_at_any_text(checkout, call, run):
+    assert "segments of 8" in look(call, run, f"--start={TEXT[:40]}")
+    (checkout.folder / "some.txt").write_text(TEXT[:150])
+    assert "segments of 8" in look(call, run, "--text=some.txt", "--out_dir=out/elsewhere")
+    assert (checkout.folder / "out/elsewhere/look.html").exists()
+
+
+def test_a_text_within_the_first_segment_reads_nothing(call):
+    assert "reads nothing" in look(call, "text", "--start=The")
+
+
+def test_aligned_shows_gates_and_reads_and_says_why_no_shares(checkout, call):
+    assert "is no sum over segments" in look(call, "aligned", f"--start={TEXT[:40]}")
+    text = (checkout.folder / "out/aligned/look.html").read_text()
+    assert "is no sum over segments" in text and "base64" in text
+
+
+def test_many_stories_are_counted(checkout, call):
+    out = look(call, "stories", "--length=100", "--n_samples=6")
+    assert "| wrong |" in out
+    with open(checkout.folder / "out/stories/look.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert 0 < len(rows) <= 6 and {row["source"] for row in rows} <= {"support", "fact", "text"}
+    assert all(row["right"] and row["question"] for row in rows)
+
+
+@pytest.mark.parametrize("args, named", [
+    ([], "runs=[]"), (["out/text", "out/full"], "runs="),
+    (["out/none", "--start=The"], "memory=none"), (["out/rmt", "--start=The"], "memory=rmt"),
+    (["out/nowhere"], "out/nowhere"),
+    (["out/text"], "out/text was trained on"), (["out/stories", "--task=qa99"], "qa99"),
+    (["out/stories", "--task=qa1,qa2"], "task=qa1,qa2"), (["out/stories", "--length=1M"], "1M"),
+    (["out/stories", "--length=much"], "much"), (["out/text", "--text=missing.txt"], "missing.txt"),
+    (["out/text", "--text=play.txt", "--start=The"], "exclude each other"),
+    (["out/stories", "--n_samples=-1"], "n_samples=-1"), (["out/text", "--start=\u00e9"], "\u00e9"),
+    (["out/stories", "--n_samples=2", "--start=The"], "exclude each other")], ids=str)
+def test_bad_input_is_told_in_one_line(call, args, named):
+    code, _, err = call("look.py", *args, "--device=cpu")
+    assert is_one_line(code, err, named), err
+
+
+# --- What is shown
+
+def test_words_are_the_text_whole_characters_only():
+    tokenizer = make_tokenizer("bpe", "Où est-il? " * 50, 260)
+    ids = tokenizer.encode("Où est-il? Où?")
+    assert "".join(words_of(tokenizer, ids)) == "Où est-il? Où?"
+
+
+def test_looks_name_the_segment_and_the_token_that_was_looked_at():
+    words = [f"{i}," for i in range(12)]
+    gift = Gift(1.0, 0.1, [0.2, 0.7], [0.05] * 4 + [0.0, 0.0, 0.6, 0.1])
+    first, second = looks_of(gift, words, 4)
+    assert (first.segment, first.share) == (1, 0.7) and "[6,]7," in first.text
+    assert second.segment == 0
+
+
+def test_a_segment_that_gave_less_than_nothing_has_a_look_too():
+    gift = Gift(1.0, 1.5, [-0.5], [-0.5, 0.0, 0.0, 0.0])
+    look, = looks_of(gift, list("abcde"), 4)
+    assert look.share == -0.5 and "[a]b" in look.text
+
+
+def test_slots_that_never_change_are_named():
+    model = LM2(LM2Config(vocab_size=300, block_size=8, n_layer=1, n_head=2, n_embd=16,
+                          mem_slots=4)).eval()
+    with torch.no_grad():  # slot 2 is never written, and keeps what it has
+        bank = memory_is_read(model).blocks[0].memory
+        bank.gates = lambda x, C, *_: (torch.ones_like(C) * keep, torch.ones_like(C))
+    keep = torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None]
+    tokenizer = make_tokenizer("bpe", TEXT, 300)
+    found = trace(model, torch.tensor(tokenizer.encode(TEXT)[:40]))
+    assert make_view(model, tokenizer, found, [], "").still == [2]
+
+
+class Tags(HTMLParser):
+    """Checks that tags are closed in order, and collects text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text, self.names = [], "", set()
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_one_file_without_scripts_and_shows_the_text_as_it_is(checkout, call):
+    look(call, "stories", "--length=150", "--seed=5")
+    html = (checkout.folder / "out/stories/look.html").read_text()
+    tags = Tags()
+    tags.feed(html)
+    assert not tags.open and not tags.names & {"script", "link", "iframe"}
+    assert "http" not in html.split("</style>")[1].replace("base64", "")
+    assert "Where is " in tags.text.split("Where the answer comes from")[1]
+
+
+def test_what_a_text_says_is_not_taken_for_tags():
+    tokenizer = make_tokenizer("bpe", TEXT, 300)
+    model = memory_is_read(LM2(LM2Config(vocab_size=300, block_size=8, n_layer=1, n_head=2,
+                                         n_embd=16, mem_slots=4)).eval())
+    ids = torch.tensor(tokenizer.encode("<b>bold & <script>alert(1)</script> " * 3))
+    view = make_view(model, tokenizer, trace(model, ids), [Mark(0, 3, "fact")], "<i>")
+    tags = Tags()
+    tags.feed(page(view, b""))
+    assert not tags.names & {"b", "script", "i"} and "<script>alert(1)" in tags.text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+               None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="there is no browser")
+def test_a_browser_shows_the_page(checkout, call, tmp_path):
+    look(call, "stories", "--length=150")
+    picture = tmp_path / "shown.png"
+    subprocess.run([BROWSER, "--headless", "--no-sandbox", f"--screenshot={picture}",
+                    str(checkout.folder / "out/stories/look.html")], check=True, timeout=60)
+    with Image.open(picture) as shown:
+        assert len(np.unique(np.asarray(shown.convert("L")))) > 20
