@@ -33,7 +33,7 @@ from lib.origin import origin
 from lib.trace import contributions, read_weights, shares, token_shares, trace
 from lib.trace_figure import draw
 from lib.trace_page import page
-from lib.view import Mark, count_table, make_view, source_of
+from lib.view import Mark, count_table, kind_of, make_view
 
 __all__ = ["contributions", "read_weights", "shares", "token_shares", "trace"]
 MOST_TOKENS = 200_000  # of a text: what is noted of it lies in memory
@@ -59,7 +59,7 @@ class LookConfig:
         if len(self.runs) != 1:
             raise ValueError(f"runs={self.runs} must be one folder: python look.py out/qa1")
         at_least(self, 0, "seed", "n_samples")
-        if (self.text != "") + (self.start != "") + (self.n_samples > 0) > 1:
+        if len(list(filter(None, (self.text, self.start, self.n_samples)))) > 1:
             raise ValueError("text, start and n_samples exclude each other: choose one")
         if len(parse_tasks(self.task)) > 1:
             raise ValueError(f"task={self.task} must be one task, such as qa1")
@@ -104,83 +104,104 @@ def given_text(tokenizer, config):
     return Passage(ids, [], "", "")
 
 
-# --- Many stories
-
-def count(run, config, device):
-    """
-    Ask n_samples questions -> rows of look.csv. Left out are those with a supporting fact in the
-    last token's segment, which attention sees and memory has not yet written.
-    """
-    rows, about = [], origin(device)
-    for seed in tqdm(range(config.seed, config.seed + config.n_samples), leave=False):
-        passage = hidden_story(run, config.task, config.length, seed)
-        view, answer = look_at(run.model, run.tokenizer, passage, device)[1:]
-        written = len(passage.ids) // view.block_size * view.block_size
-        if view.gifts and all(mark.end < written for mark in passage.marks
-                              if mark.kind == "support"):
-            rows.append({"task": config.task, "length": config.length, "seed": seed,
-                         "question": passage.question, "answer": answer, "right": passage.answer,
-                         "block": view.layer + 1, "share": f"{view.looks[0].share:.3f}",
-                         "source": source_of(view), **about})
-    return rows
+def look_at(model, tokenizer, passage):
+    """Read a Passage -> its Trace, its View, and what the model says next. Raises ValueError."""
+    ids = torch.tensor(passage.ids, device=model.head.weight.device)
+    found = trace(model, ids)
+    generated = model.generate(ids[None], ANSWER_TOKENS, temperature=0)[0, len(ids):]
+    answer = tokenizer.decode(generated.tolist()).split(".")[0].strip()
+    title = f"... {tokenizer.decode(passage.ids[-20:])} -> {answer}"
+    if passage.question:
+        is_right = "right" if answer == passage.answer else f"wrong, it is {passage.answer}"
+        title = f"Asked: {passage.question} Answered: {answer} ({is_right})"
+    return found, make_view(model, tokenizer, found, passage.marks, title), answer
 
 
 # --- The program
 
 def show(view):
     """Print what the answer came from, the largest share first."""
-    if not view.gifts:
+    if not view.reads:
         print(view.why)
         return
     print(f"What the last token read of the memory, in block {view.layer + 1}, was written when "
           "slots looked at what stands in [ ]:")
-    for look in view.looks[:PRINTED]:
-        print(f"{look.share:6.1%}  segment {look.segment}: ...{look.text}...")
-    print(f"{view.gifts[view.layer].identity:6.1%}  what the memory was at the start")
+    first, others = view.sources[:PRINTED], view.sources[PRINTED:]
+    for source in first:
+        print(f"{source.share:6.1%}  segment {source.segment}: ...{source.text}...")
+    print(f"{sum(source.share for source in others):6.1%}  all other segments")
+    print(f"{view.reads[view.layer].identity:6.1%}  what the memory was at the start")
 
 
-def look_at(model, tokenizer, passage, device):
-    """Read a Passage -> its Trace, its View, and what the model says next"""
-    ids = torch.tensor(passage.ids, device=device)
-    found = trace(model, ids)
-    generated = model.generate(ids[None], ANSWER_TOKENS, temperature=0)[0, len(ids):]
-    answer = tokenizer.decode(generated.tolist()).split(".")[0].strip()
-    title = f"... {tokenizer.decode(passage.ids[-20:])} -> {answer}"
-    if passage.question:
-        is_right = "right" if answer == passage.answer else f"right: {passage.answer}"
-        title = f"{passage.question} {answer} ({is_right})"
-    return found, make_view(model, tokenizer, found, passage.marks, title), answer
+def count(run, config):
+    """
+    Ask n_samples questions -> rows of look.csv. Left out are those with a supporting fact in the
+    last token's segment, which attention sees and memory has not yet written. Raises ValueError.
+    """
+    rows, about = [], origin(pick_device(config.device))
+    for seed in tqdm(range(config.seed, config.seed + config.n_samples), leave=False):
+        passage = hidden_story(run, config.task, config.length, seed)
+        _, view, answer = look_at(run.model, run.tokenizer, passage)
+        if not view.reads:
+            raise ValueError(view.why)
+        written = len(passage.ids) // view.block_size * view.block_size
+        if all(mark.end < written for mark in passage.marks if mark.kind == "support"):
+            rows.append({"task": config.task, "length": config.length, "seed": seed,
+                         "question": passage.question, "answer": answer, "right": passage.answer,
+                         "block": view.layer + 1, "share": f"{view.sources[0].share:.3f}",
+                         "source": kind_of(view), **about})
+    if not rows:
+        raise ValueError(f"length={config.length} is too short, memory has not yet written the "
+                         "facts when it is asked: use a greater length")
+    return rows
 
 
+def open_run(config):
+    """The model, its tokenizer, and a Run if it is to read stories. Raises ValueError, OSError."""
+    folder, device = config.runs[0], pick_device(config.device)
+    if config.text or config.start:
+        model, tokenizer, _ = checkpoint.load(folder, device)
+        return model, tokenizer, None
+    dataset = checkpoint.load_config(folder)["train"].get("dataset")
+    if dataset != "babilong":
+        raise ValueError(f"{folder} was trained on {dataset}, not on stories: give it --text or "
+                         "--start")
+    run = load_run(folder, EvalConfig(config.runs), device)
+    return run.model, run.tokenizer, run
+
+
+@user_errors(OSError)
 def main():
     config, _ = parse(LookConfig, __doc__)
     with user_errors():
-        device, folder, out_dir = pick_device(config.device), config.runs[0], Path(config.out_dir)
-        checkpoint.make_folder(out_dir)
-        if config.text or config.start:
-            model, tokenizer, _ = checkpoint.load(folder, device)
-            passage = given_text(tokenizer, config)
-        else:
-            run = load_run(folder, EvalConfig(config.runs), device)
-            model, tokenizer = run.model, run.tokenizer
-            passage = hidden_story(run, config.task, config.length, config.seed)
+        model, tokenizer, run = open_run(config)
+        checkpoint.make_folder(config.out_dir)
         if config.n_samples:
-            rows = count(run, config, device)
-            print(count_table(rows))
-            with atomic_open(out_dir / "look.csv", "w", encoding="utf-8", newline="") as f:
-                writer = csv.DictWriter(f, rows[0] if rows else [], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            print(out_dir / "look.csv")
+            write_count(config, count(run, config))
             return
-        found, view, _ = look_at(model, tokenizer, passage, device)
+        passage = (hidden_story(run, config.task, config.length, config.seed) if run
+                   else given_text(tokenizer, config))
+        found, view, _ = look_at(model, tokenizer, passage)
     print(f"{view.title}\n{view.subtitle}\n")
     show(view)
     png = draw(model, found, view)
     for name, content in (("look.png", png), ("look.html", page(view, png).encode())):
-        with user_errors(OSError), atomic_open(out_dir / name) as f:
+        with atomic_open(Path(config.out_dir) / name) as f:
             f.write(content)
-        print(out_dir / name)
+        print(Path(config.out_dir) / name)
+
+
+def write_count(config, rows):
+    """Print how many answers came from what, and put the rows into look.csv."""
+    print(count_table(rows))
+    left_out = config.n_samples - len(rows)
+    print(f"{left_out} of {config.n_samples} questions are left out: attention sees their fact")
+    path = Path(config.out_dir) / "look.csv"
+    with atomic_open(path, "w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ def by_heads(x, memory):
 
 
 def note(seen, memory, inputs, outputs):
-    """A hook of a MemoryBank: adds to BankTrace `seen`, of lists, what it did with one segment."""
+    """
+    A hook of a MemoryBank: adds what it did with one segment to `seen`, a BankTrace whose fields
+    are still lists. It calls the parts of MemoryBank.forward once more: change both together.
+    """
     h, keys, values, before, *_ = inputs
     _, after = outputs
     E_mem = memory.read(h[:, None], before.keys[:, None], before.values[:, None])[0, 0]
@@ -85,7 +88,7 @@ def trace(model, ids):
     c = model.config
     require(c.n_banks, f"memory={c.memory} has no bank to look into: name a run with memory=lm2")
     layers = {layer: block.memory for layer, block in enumerate(model.blocks) if block.memory}
-    state = model.initial_state(1)
+    state, ids = model.initial_state(1), ids.to(model.head.weight.device)
     seen, hooks = {}, []
     for layer, memory in layers.items():
         seen[layer] = BankTrace(*([] for _ in BankTrace._fields))
@@ -107,24 +110,23 @@ def trace(model, ids):
 @torch.no_grad()
 def read_weights(model, found, layer, tokens, s):
     """
-    Where tokens would look in the bank after s segments (Eq. 2), which those of segment s do see.
-    tokens: a slice -> (tokens, N, nh). After 0 segments there is nothing to read, and each slot
-    counts as much as any.
+    Where tokens would look in the bank as it stood after s segments (Eq. 2). tokens: a slice
+    -> (tokens, N, nh). After 0 segments there is nothing to read, and all slots weigh the same.
     """
     memory, bank = model.blocks[layer].memory, found.banks[layer]
     keys, _ = memory.keys_values(bank.banks[s].to(memory.norm.weight))
-    queries = bank.queries[tokens].to(keys)
-    return attention_weights(queries, keys * (s > 0)).transpose(1, 2).float().cpu()
+    keys = keys if s else torch.zeros_like(keys)
+    weights = attention_weights(bank.queries[tokens].to(keys), keys)
+    return weights.transpose(1, 2).float().cpu()
 
 
 # --- Shares
 
 @torch.no_grad()
-def contributions(model, found, layer, token):
+def effects(model, found, layer, token):
     """
-    What each number of a bank brings along to what a token reads, by the segment that wrote it
-    -> (s + 1, N, D): what is left of the identity, then of the s segments before the token's. They
-    are measured along g_out * E_mem, which the block adds to the token, and their sum is 1. Raises
+    What each number of the bank that a token reads does to what its block adds to it, g_out *
+    E_mem, along that direction (N, D): their products with the bank's numbers sum to 1. Raises
     ValueError where nothing is read, and with `aligned`, whose content comes from the bank.
     """
     c, memory, bank = model.config, model.blocks[layer].memory, found.banks[layer]
@@ -134,18 +136,31 @@ def contributions(model, found, layer, token):
     s = token // c.block_size
     g_out, E_mem = bank.g_out[token].double(), bank.E_mem[token].double()
     added = g_out * E_mem
-    require(added.any(), f"token {token} reads nothing in block {layer}: the memory is empty there")
-    # E_mem = reads * (M / norm) W_V is linear in M, so that each number of M has a fixed effect
-    M = bank.banks[s].double()
-    norm = (M.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()      # (N, 1)
-    gain, w_v = memory.norm.weight.cpu().double(), memory.w_v.weight.cpu().double()
+    require(added.any(), f"token {token} reads nothing: the memory is empty in a first segment, and "
+            "before training")
+    # g_out * E_mem is linear in the bank: each step from there back to its numbers
+    of_E_mem = g_out * added / added.square().sum()                     # (D,)
     reads = read_weights(model, found, layer, slice(token, token + 1), s)[0].double()
-    reads = reads.repeat_interleave(c.head_dim, dim=-1)                 # (N, D)
-    effect = (reads * g_out * added) @ w_v * gain / norm / added.square().sum()
+    of_values = reads.repeat_interleave(c.head_dim, dim=-1) * of_E_mem  # (N, D) of V, by head
+    of_normed = of_values @ memory.w_v.weight.cpu().double()            # V = norm(M) W_V
+    M = bank.banks[s].double()
+    norm = (M.square().mean(-1, keepdim=True) + c.norm_eps).sqrt()      # (N, 1), as it is
+    return of_normed * memory.norm.weight.cpu().double() / norm
+
+
+def contributions(model, found, layer, token):
+    """
+    What each number of a bank brings along to what a token reads, by the segment that wrote it
+    -> (s + 1, N, D): what is left of the identity, then of the s segments before the token's. Their
+    sum is 1. Raises as `effects`.
+    """
+    s = range(len(found.ids))[token] // model.config.block_size
+    bank = found.banks[layer]
     written = torch.cat((bank.banks[:1], bank.g_in[:s] * bank.content[:s])).double()
+    # of three segments the identity keeps g_0 g_1 g_2, the first one g_1 g_2, then g_2, then 1
     g_forget = torch.cat((bank.g_forget[:s], torch.ones_like(bank.banks[:1]))).double()
-    kept = g_forget.flip(0).cumprod(0).flip(0)  # of what was there before each segment
-    return written * kept * effect
+    kept = g_forget.flip(0).cumprod(0).flip(0)
+    return written * kept * effects(model, found, layer, token)
 
 
 def shares(model, found, layer, token):

@@ -11,6 +11,7 @@ from lib.figure import COLORS, PALE, STYLE, clean, new_figure, png_of
 from lib.trace import read_weights
 
 HEIGHT = 9.6                          # inches
+LEFT, MIDDLE = 0.085, 0.57            # where axes begin, as shares of the width
 SUPPORT, FACT = COLORS[6], "#9A9A9A"  # facts that the answer rests on, and the others
 BLUES = LinearSegmentedColormap.from_list("blues", ["#FFFFFF", COLORS[0]])
 LABELS = 3                            # places in the text that are named beside their shares
@@ -24,11 +25,12 @@ def draw(model, found, view):
         figure = new_figure(HEIGHT)
         put(figure, 0.97, view.title, size=14, weight="bold")
         put(figure, 0.945, view.subtitle, size=9.5, color=PALE)
-        draw_shares(figure, (0.085, 0.72, 0.81, 0.175), view)
-        draw_gates(figure, (0.085, 0.565, 0.81, 0.075), found, view, "g_in",
-                   "What is written: input gate, mean over the bank")
-        draw_gates(figure, (0.085, 0.43, 0.81, 0.075), found, view, "g_forget",
-                   "What is kept: forget gate, mean over the bank")
+        draw_shares(figure, view)
+        over = "mean over what the last token reads" if view.reads else "mean over the bank"
+        g_in = {layer: bank.g_in for layer, bank in found.banks.items()}
+        g_forget = {layer: bank.g_forget for layer, bank in found.banks.items()}
+        draw_gates(figure, 0.565, view, g_in, f"What is written: input gate, {over}")
+        draw_gates(figure, 0.43, view, g_forget, f"What is kept: forget gate, {over}")
         draw_reads(figure, model, found, view)
         draw_banks(figure, found, view)
         legend(figure, view)
@@ -48,43 +50,43 @@ def put(figure, y, text, x=0.02, **style):
     figure.text(x=x, y=y, s=text, va="center", **style)
 
 
-def segments_axes(figure, box, view, title):
+def segments_axes(figure, bottom, height, view, title):
     """Axes over segments; below are marked those of the tokens behind the story's sentences."""
-    axes = figure.add_axes(box)
-    put(figure, box[1] + box[3] + 0.016, title, size=10.5, weight="bold")
-    T = view.block_size
-    axes.set_xlim(-0.5, max(1, len(view.words) // T) - 0.5)
+    axes = figure.add_axes((LEFT, bottom, 0.81, height))
+    put(figure, bottom + height + 0.016, title, size=10.5, weight="bold")
+    n_segments = len(view.words) // view.block_size
+    axes.set_xlim(-0.5, n_segments - 0.5)
     for kind, color in (("fact", FACT), ("support", SUPPORT)):
-        x = [mark.end // T for mark in view.marks if mark.kind == kind]
+        x = [mark.end // view.block_size for mark in view.marks if mark.kind == kind]
+        x = [segment for segment in x if segment < n_segments]  # the last one is not yet written
         axes.plot(x, np.full(len(x), -0.05), "^", transform=axes.get_xaxis_transform(), ms=6,
                   color=color, clip_on=False, zorder=5)
     axes.tick_params(length=0, pad=10, labelsize=9)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(min(8, n_segments), integer=True, min_n_ticks=1))
     return axes
 
 
 # --- Which segments the answer comes from
 
-def draw_shares(figure, box, view):
-    axes = segments_axes(figure, box, view, "Where the answer comes from: what its token read, "
-                         f"by the segment that wrote it (block {view.layer + 1})")
+def draw_shares(figure, view):
+    axes = segments_axes(figure, 0.72, 0.175, view, "Where the answer comes from: what its token "
+                         f"read, by the segment that wrote it (block {view.layer + 1})")
     clean(axes, "y")
     axes.set_xlabel("segment", size=9, labelpad=1)
-    if not view.gifts:
+    if not view.reads:
         axes.text(0.5, 0.5, view.why, transform=axes.transAxes, ha="center", color=PALE)
         return
-    gift = view.gifts[view.layer]
-    shares = 100 * np.asarray(gift.segments)
+    shares = 100 * np.asarray(view.reads[view.layer].segments)
     axes.bar(range(len(shares)), shares, color=COLORS[0], width=0.8)
     axes.set_ylim(min(0, shares.min() * 1.1), max(100, shares.max() * 1.1))
     axes.set_ylabel("share in %", size=9)
-    for rank, look in enumerate(view.looks[:LABELS]):
-        if look.share < LEAST:
+    for rank, source in enumerate(view.sources[:LABELS]):
+        if source.share < LEAST:
             continue
-        x = look.segment
+        x = source.segment
         left = x < len(shares) / 2
         color = SUPPORT if rank == 0 else PALE
-        axes.annotate(f"{look.share:.0%}  ...{look.text}...",
+        axes.annotate(f"{source.share:.0%}  ...{source.text}...",
                       (x, shares[x]), xytext=(12 if left else -12, 90 - 18 * rank),
                       textcoords=("offset points", "data"), ha="left" if left else "right",
                       va="center", size=9.5, color=color,
@@ -94,16 +96,15 @@ def draw_shares(figure, box, view):
 
 # --- What is written and kept
 
-def draw_gates(figure, box, found, view, gate, title):
-    axes = segments_axes(figure, box, view, title)
-    rows = [getattr(bank, gate).mean((1, 2)).numpy() for bank in found.banks.values()]
-    if not rows[0].size:
-        return
-    # from each block's lowest on, in colours that all share: what differs among segments shows
-    above = np.stack([row - row.min() for row in rows])
-    axes.imshow(above, aspect="auto", cmap=BLUES, vmin=0, vmax=max(above.max(), 1e-6),
-                interpolation="nearest")
-    axes.set_yticks(range(len(rows)), [f"block {layer + 1}" for layer in found.banks])
+def draw_gates(figure, bottom, view, gates, title):
+    """gates: {layer: (S, N, D)}, each number of a bank weighted as the last token reads it."""
+    axes = segments_axes(figure, bottom, 0.075, view, title)
+    rows = []
+    for layer, gate in gates.items():
+        read = view.reads.get(layer)
+        rows.append((gate * read.weights).sum((1, 2)) if read else gate.mean((1, 2)))
+    axes.imshow(np.stack(rows), aspect="auto", cmap=BLUES, vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(len(rows)), [f"block {layer + 1}" for layer in gates])
     right = axes.twinx()
     right.set_ylim(axes.get_ylim())
     right.tick_params(length=0, labelsize=8, labelcolor=PALE)
@@ -119,17 +120,17 @@ def draw_reads(figure, model, found, view):
     put(figure, 0.365, f"Who reads what, block {view.layer + 1}: the last tokens and the slots",
         size=10.5, weight="bold")
     last = len(found.banks[view.layer].banks) - 1
-    segment = view.looks[0].segment if view.looks else max(0, last - 1)
+    segment = view.sources[0].segment if view.sources else last - 1
     pictures = [read_weights(model, found, view.layer, tokens, s).mean(-1).numpy()
-                for s in range(segment, min(segment + 1, last) + 1)]
+                for s in (segment, segment + 1)]
     most = max(picture.max() for picture in pictures)
     for i, (weights, when) in enumerate(zip(pictures, ("before", "after"))):
-        axes = figure.add_axes((0.085 + 0.225 * i, 0.065, 0.2, 0.255))
+        axes = figure.add_axes((LEFT + 0.225 * i, 0.065, 0.2, 0.255))
         axes.imshow(weights, aspect="auto", cmap=BLUES, vmin=0, vmax=most, interpolation="nearest")
         axes.set_title(f"{when} segment {segment}", size=9, color=PALE)
         axes.set_xlabel("slot", size=9)
         axes.tick_params(length=0, labelsize=8)
-        words = view.words[tokens] if i == 0 else []
+        words = [" ".join(word.split()) for word in view.words[tokens]] if i == 0 else []
         axes.set_yticks(range(len(words)), words)
 
 
@@ -137,14 +138,14 @@ def draw_reads(figure, model, found, view):
 
 def draw_banks(figure, found, view):
     """The bank of the block as an image, after chosen segments."""
-    put(figure, 0.365, f"What the slots hold, block {view.layer + 1}", x=0.57, size=10.5,
+    put(figure, 0.365, f"What the slots hold, block {view.layer + 1}", x=MIDDLE, size=10.5,
         weight="bold")
     banks = found.banks[view.layer].banks
     last = len(banks) - 1
-    chosen = sorted({0, view.looks[0].segment + 1 if view.looks else last, last})
+    chosen = sorted({0, view.sources[0].segment + 1 if view.sources else last, last})
     width = 0.4 / len(chosen)
     for i, s in enumerate(chosen):
-        axes = figure.add_axes((0.57 + width * i, 0.065, width - 0.012, 0.255))
+        axes = figure.add_axes((MIDDLE + width * i, 0.065, width - 0.012, 0.255))
         axes.imshow(banks[s].numpy(), aspect="auto", cmap="RdBu", vmin=-1, vmax=1,
                     interpolation="nearest")
         axes.set_title("at the start" if s == 0 else f"after segment {s - 1}", size=9, color=PALE)
@@ -154,4 +155,4 @@ def draw_banks(figure, found, view):
             axes.set_yticks([])
     if view.still:
         still = ", ".join(map(str, view.still))
-        put(figure, 0.015, f"never changed: slots {still}", x=0.57, size=9, color=PALE)
+        put(figure, 0.015, f"never changed: slots {still}", x=MIDDLE, size=9, color=PALE)

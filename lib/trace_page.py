@@ -30,12 +30,12 @@ def page(view, png):
         'at it. <span class="support">Supporting facts</span>, <span class="fact">'
         'other facts</span>. Point at a token to see its share.</p>',
     ]
-    for layer, gift in view.gifts.items():
+    for layer, read in view.reads.items():
         is_open = " open" if layer == view.layer else ""
-        parts.append(f"<details{is_open}><summary>Block {layer + 1}: it read {gift.size:.2f}, "
-                     f"{gift.identity:.0%} of it what was there at the start</summary><p>")
-        parts += [shaded_text(view, gift.tokens), "</p></details>"]
-    if not view.gifts:
+        parts.append(f"<details{is_open}><summary>Block {layer + 1}: the norm of what it read is "
+                     f"{read.size:.2f}, {read.identity:.0%} of it was there at the start</summary>")
+        parts += ["<p>", shaded_text(view, read.tokens), "</p></details>"]
+    if not view.reads:
         parts.append(f"<p>{escape(view.why)}</p>")
     return "\n".join([*parts, "</body></html>", ""])
 
@@ -44,15 +44,21 @@ def shaded_text(view, shares):
     """The text, its tokens as dark as their shares, its story marked."""
     opens = {mark.start: f'<span class="{mark.kind}">' for mark in view.marks}
     ends = {mark.end for mark in view.marks}
-    parts = []
+    parts, darkest = [], max([*shares, LEAST_SHADE])
     for i, word in enumerate(view.words):
-        parts += ["</span>"] * (i in ends) + [opens.get(i, "")]
+        if i in ends:
+            parts.append("</span>")
         share = shares[i] if i < len(shares) else 0
-        parts.append(shaded(escape(word), share) if share >= LEAST_SHADE else escape(word))
-    return "".join([*parts, "</span>" * (len(view.words) in ends)])
+        parts.append(opens.get(i, "") + shaded(escape(word), share, darkest))
+    if len(view.words) in ends:
+        parts.append("</span>")
+    return "".join(parts)
 
 
-def shaded(word, share):
-    color = "; color: white" if share > 0.6 else ""
-    return (f'<span style="background: rgba(0, 114, 178, {min(share, 1):.3f}){color}" '
+def shaded(word, share, darkest):
+    """A token as dark as its share, next to that of the darkest one."""
+    if share < LEAST_SHADE:
+        return word
+    color = "; color: white" if share > 0.6 * darkest else ""
+    return (f'<span style="background: rgba(0, 114, 178, {share / darkest:.3f}){color}" '
             f'title="{share:.1%}">{word}</span>')

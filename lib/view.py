@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 from lib.experiment_tables import markdown
 from lib.scores import select, values
-from lib.trace import shares, token_shares
+from lib.trace import effects, shares, token_shares
+from lm2 import require
 
 STILL = 0.01  # slots none of whose numbers moves so far are said never to change
-SOURCES = {"support": "a supporting fact", "fact": "another fact", "text": "other text"}
+BEFORE, AFTER = 34, 10  # characters shown around the tokens that slots looked at
+BEHIND = 4    # tokens behind a sentence that still count as a look at it
+KINDS = {"support": "a supporting fact", "fact": "another fact", "text": "other text"}
 
 
 class Mark(NamedTuple):
@@ -20,15 +23,16 @@ class Mark(NamedTuple):
     kind: str   # "fact", "support" (a fact the answer rests on), or "question"
 
 
-class Gift(NamedTuple):
-    """What the bank of a block gave to the last token. The shares are those of lib/trace.py."""
-    size: float      # norm of g_out * E_mem
-    identity: float  # share of what the bank was at the start
-    segments: list   # share of each segment before the last token's
-    tokens: list     # and of each of their tokens, by where the slots looked
+class LastRead(NamedTuple):
+    """What the last token read of a bank. The shares are those of lib/trace.py."""
+    size: float          # norm of g_out * E_mem
+    identity: float      # share of what the bank was at the start
+    segments: list       # share of each segment before the last token's
+    tokens: list         # and of each of their tokens, by where the slots looked
+    weights: object      # (N, D) how much each number of the bank counted, sum 1
 
 
-class Look(NamedTuple):
+class Source(NamedTuple):
     """A segment that gave something, and where its slots looked most."""
     share: float
     segment: int
@@ -42,10 +46,10 @@ class View(NamedTuple):
     words: list      # the tokens as text
     marks: list      # Marks
     block_size: int
-    gifts: dict      # {layer: Gift}; there is none where `why` says so
+    reads: dict      # {layer: LastRead}; there is none where `why` says so
     why: str
     layer: int       # the block whose bank gave most, or the last bank
-    looks: list      # its Looks, the largest share first
+    sources: list    # its Sources, the largest share first
     still: list      # the slots of that bank that never changed
 
 
@@ -55,59 +59,71 @@ def words_of(tokenizer, ids):
     return [decoder.decode(tokenizer.decode_bytes([token])) for token in ids]
 
 
-def gift(model, found, layer):
-    """The Gift of a block's bank. Raises ValueError where there is none."""
+def last_read(model, found, layer):
+    """The LastRead of a block's bank. Raises ValueError where there is none."""
     identity, segments = shares(model, found, layer, -1)
     bank = found.banks[layer]
     size = (bank.g_out[-1] * bank.E_mem[-1]).norm()
     tokens = token_shares(model, found, layer, -1)
-    return Gift(size.item(), identity.item(), segments.tolist(), tokens.tolist())
+    weights = effects(model, found, layer, -1).abs()
+    return LastRead(size.item(), identity.item(), segments.tolist(), tokens.tolist(),
+                    weights / weights.sum())
 
 
-def looks_of(gift, words, T):
-    """The Looks of a Gift, the largest share first; T tokens are a segment."""
-    looks = []
-    for segment, share in enumerate(gift.segments):
-        tokens = [abs(share) for share in gift.tokens[segment * T:(segment + 1) * T]]
+def sources_of(read, words, T):
+    """The Sources of a LastRead, the largest share first; T tokens are a segment."""
+    found = []
+    for segment, share in enumerate(read.segments):
+        tokens = [abs(part) for part in read.tokens[segment * T:(segment + 1) * T]]
         most = max(range(T), key=tokens.__getitem__)
         near = [i for i in range(T) if abs(i - most) <= 2 and tokens[i] >= tokens[most] / 4]
         start, end = segment * T + near[0], segment * T + near[-1] + 1
-        before, after = "".join(words[max(0, start - 40):start]), "".join(words[end:end + 20])
-        text = f"{before[-45:]}[{''.join(words[start:end])}]{after[:12]}"
-        looks.append(Look(share, segment, " ".join(text.split())))
-    return sorted(looks, reverse=True)
+        before = "".join(words[max(0, start - BEFORE):start])[-BEFORE:]
+        after = "".join(words[end:end + AFTER])[:AFTER]
+        text = f"{before}[{''.join(words[start:end])}]{after}"
+        found.append(Source(share, segment, one_line(text)))
+    return sorted(found, key=lambda source: source.share, reverse=True)
+
+
+def one_line(text):
+    return " ".join(text.split())
 
 
 def make_view(model, tokenizer, found, marks, title):
-    """The View of a Trace of a text with these Marks."""
+    """The View of a Trace of a text with these Marks. Raises ValueError for a text too short."""
     T, words = model.config.block_size, words_of(tokenizer, found.ids.tolist())
-    gifts, why = {}, ""
+    require(len(words) > T, f"the text has {len(words)} tokens, and memory is first written after "
+            f"{T}: give it a longer one")
+    reads, why = {}, ""
     for layer in found.banks:
         try:
-            gifts[layer] = gift(model, found, layer)
+            reads[layer] = last_read(model, found, layer)
         except ValueError as e:
             why = str(e)
-    layer = max(gifts, key=lambda layer: gifts[layer].size, default=max(found.banks))
-    looks = looks_of(gifts[layer], words, T) if gifts else []
+    layer = max(reads, key=lambda layer: reads[layer].size, default=max(found.banks))
+    sources = sources_of(reads[layer], words, T) if reads else []
     bank = found.banks[layer].banks
     moved = (bank - bank[0]).abs().amax((0, 2))
     sees = (f"Attention sees the last {T:,}, memory what came before."
             if model.config.attention == "window" else "Attention sees all of them.")
     return View(
-        title, f"{len(words):,} tokens in segments of {T:,}. {sees}",
-        words, marks, T, gifts, why, layer, looks, (moved < STILL).nonzero().flatten().tolist())
+        one_line(title), f"{len(words):,} tokens in segments of {T:,}. {sees}",
+        words, marks, T, reads, why, layer, sources, (moved < STILL).nonzero().flatten().tolist())
 
 
 # --- Many of them
 
-def source_of(view):
+def kind_of(view):
     """
-    What stands in the segment that gave most to the answer -> a key of SOURCES. A sentence counts
-    with the token behind it, where slots find what attention has gathered.
+    What most of the last read came from -> a key of KINDS. What slots looked at up to BEHIND tokens
+    behind a sentence counts as that sentence's: there attention has gathered it.
     """
-    T, most = view.block_size, view.looks[0].segment
-    kinds = {mark.kind for mark in view.marks if mark.start // T <= most <= mark.end // T}
-    return next((kind for kind in ("support", "fact") if kind in kinds), "text")
+    read, found = view.reads[view.layer], dict.fromkeys(KINDS, 0.0)
+    for i, share in enumerate(read.tokens):
+        kinds = [mark.kind for mark in view.marks if mark.start < i < mark.end + BEHIND
+                 and mark.kind in KINDS]
+        found[kinds[-1] if kinds else "text"] += share
+    return max(found, key=found.get)
 
 
 def count_table(rows):
@@ -117,7 +133,7 @@ def count_table(rows):
         for name, is_right in (("right", True), ("wrong", False)):
             found = [row["source"] for row in select(rows, length=length)
                      if (row["answer"] == row["right"]) == is_right]
-            counts = [found.count(source) for source in SOURCES]
+            counts = [found.count(kind) for kind in KINDS]
             lines.append([length, name, *map(str, [len(found), *counts])])
-    header = ["length", "answers", "questions", *(f"from {what}" for what in SOURCES.values())]
+    header = ["length", "answers", "questions", *(f"from {what}" for what in KINDS.values())]
     return markdown(header, lines, left=2)

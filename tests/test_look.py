@@ -13,13 +13,15 @@ from PIL import Image
 from data.tokenizer import make_tokenizer
 from lib.trace import trace
 from lib.trace_page import page
-from lib.view import Gift, Mark, looks_of, make_view, words_of
+from lib.view import LastRead, Mark, View, kind_of, make_view, sources_of, words_of
 from lm2 import LM2, LM2Config
 
 STORIES = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=200",
            "--tokenizer=char", "--max_iters=2"]
-RUNS = {"stories": STORIES, "text": ["--max_iters=2"],
-        "aligned": ["--max_iters=2", "--mem_write=aligned", "--mem_slots=8"],
+ALIGNED = ["--mem_write=aligned", "--mem_slots=8"]
+RUNS = {"stories": STORIES, "aligned_stories": [*STORIES, *ALIGNED],
+        "wide": [*STORIES, "--block_size=512"], "text": ["--max_iters=2"],
+        "aligned": ["--max_iters=2", *ALIGNED],
         "full": ["--max_iters=2", "--attention=full"],
         "none": ["--max_iters=2", "--memory=none"], "rmt": ["--max_iters=2", "--memory=rmt"]}
 
@@ -74,8 +76,19 @@ def test_any_run_with_banks_looks_at_any_text(checkout, call, run):
     assert (checkout.folder / "out/elsewhere/look.html").exists()
 
 
-def test_a_text_within_the_first_segment_reads_nothing(call):
-    assert "reads nothing" in look(call, "text", "--start=The")
+def test_a_text_within_the_first_segment_is_refused(call):
+    code, _, err = call("look.py", "out/text", "--start=The", "--device=cpu")
+    assert is_one_line(code, err, "3 tokens", "longer")
+
+
+def test_a_text_of_many_lines_has_a_title_of_one(call):
+    out = look(call, "text", f"--start={TEXT[:40]}\n\n")
+    assert "segments of 8" in out.splitlines()[1]
+
+
+def test_what_cannot_be_looked_at_leaves_no_folder(checkout, call):
+    code, _, err = call("look.py", "out/nowhere")
+    assert is_one_line(code, err, "out/nowhere") and not (checkout.folder / "out/nowhere").exists()
 
 
 def test_aligned_shows_gates_and_reads_and_says_why_no_shares(checkout, call):
@@ -97,12 +110,14 @@ def test_many_stories_are_counted(checkout, call):
     ([], "runs=[]"), (["out/text", "out/full"], "runs="),
     (["out/none", "--start=The"], "memory=none"), (["out/rmt", "--start=The"], "memory=rmt"),
     (["out/nowhere"], "out/nowhere"),
-    (["out/text"], "out/text was trained on"), (["out/stories", "--task=qa99"], "qa99"),
+    (["out/text"], "give it --text or --start"), (["out/stories", "--task=qa99"], "qa99"),
     (["out/stories", "--task=qa1,qa2"], "task=qa1,qa2"), (["out/stories", "--length=1M"], "1M"),
     (["out/stories", "--length=much"], "much"), (["out/text", "--text=missing.txt"], "missing.txt"),
     (["out/text", "--text=play.txt", "--start=The"], "exclude each other"),
     (["out/stories", "--n_samples=-1"], "n_samples=-1"), (["out/text", "--start=\u00e9"], "\u00e9"),
-    (["out/stories", "--n_samples=2", "--start=The"], "exclude each other")], ids=str)
+    (["out/stories", "--n_samples=2", "--start=The"], "exclude each other"),
+    (["out/wide", "--n_samples=1", "--length=0k"], "longer one"),
+    (["out/aligned_stories", "--n_samples=1"], "mem_write=aligned")], ids=str)
 def test_bad_input_is_told_in_one_line(call, args, named):
     code, _, err = call("look.py", *args, "--device=cpu")
     assert is_one_line(code, err, named), err
@@ -116,18 +131,29 @@ def test_words_are_the_text_whole_characters_only():
     assert "".join(words_of(tokenizer, ids)) == "Où est-il? Où?"
 
 
-def test_looks_name_the_segment_and_the_token_that_was_looked_at():
+def test_sources_name_the_segment_and_the_token_that_was_looked_at():
     words = [f"{i}," for i in range(12)]
-    gift = Gift(1.0, 0.1, [0.2, 0.7], [0.05] * 4 + [0.0, 0.0, 0.6, 0.1])
-    first, second = looks_of(gift, words, 4)
+    read = LastRead(1.0, 0.1, [0.2, 0.7], [0.05] * 4 + [0.0, 0.0, 0.6, 0.1], None)
+    first, second = sources_of(read, words, 4)
     assert (first.segment, first.share) == (1, 0.7) and "[6,]7," in first.text
     assert second.segment == 0
 
 
-def test_a_segment_that_gave_less_than_nothing_has_a_look_too():
-    gift = Gift(1.0, 1.5, [-0.5], [-0.5, 0.0, 0.0, 0.0])
-    look, = looks_of(gift, list("abcde"), 4)
-    assert look.share == -0.5 and "[a]b" in look.text
+def test_a_segment_that_gave_less_than_nothing_is_named_too():
+    read = LastRead(1.0, 1.5, [-0.5], [-0.5, 0.0, 0.0, 0.0], None)
+    source, = sources_of(read, list("abcde"), 4)
+    assert source.share == -0.5 and "[a]b" in source.text
+
+
+@pytest.mark.parametrize("looked, kind", [(3, "fact"), (5, "fact"), (6, "support"), (9, "support"),
+                                          (11, "support"), (0, "text"), (14, "text")])
+def test_a_look_at_or_right_behind_a_sentence_is_a_look_at_it(looked, kind):
+    """One fact right behind the other: the second one's first token is looked at for the first."""
+    marks = [Mark(2, 5, "fact"), Mark(5, 9, "support")]
+    tokens = [1.0 if i == looked else 0.0 for i in range(16)]
+    read = LastRead(1.0, 0.0, [0.5, 0.5], tokens, None)
+    view = View("", "", ["a"] * 16, marks, 8, {0: read}, "", 0, [], [])
+    assert kind_of(view) == kind
 
 
 def test_slots_that_never_change_are_named():
