@@ -20,15 +20,11 @@ original program reports, the share of all questions that are answered right.
 --out_dir gets results.csv, to which rows are added and none is dropped, and results.json with the
 same. What a row answers is not asked again: a stopped evaluation goes on.
 """
-import csv
-import math
 import sys
-from collections import defaultdict
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -38,30 +34,18 @@ from tqdm import tqdm
 
 from data.babilong import parse_list
 from data.files import sha256_of, write_json
-from data.mmlu import (
-    CATEGORIES,
-    CATEGORY,
-    LEVELS,
-    SUBJECTS,
-    Item,
-    find_exam,
-    level,
-    make_prompt,
-)
-from data.tokenizer import check_text
+from data.mmlu import SUBJECTS, Item, find_exam, make_prompt
+from data.tokenizer import check_text, prompt_ids
 from eval_babilong import check_runs, choose_dtype, folder_name, sha256_of_questions
 from lib import checkpoint, results
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device
-from lib.experiment_tables import NOTHING, markdown
+from lib.mmlu_table import COLUMNS, make_table
 from lib.origin import origin
-from lib.scores import NORMAL
 from lm2 import wide
 
-PAPER = Path(__file__).parent / "data" / "paper_mmlu.csv"
 MOST_SHOTS = 5            # MMLU has so many dev questions of each subject
 TOKENS_AT_ONCE = 1024     # of a prompt, so that a long one needs no more memory
-AREAS = (*CATEGORIES, *LEVELS)  # the columns of the paper's Table 2; a subject counts in two
 
 
 @dataclass
@@ -124,8 +108,8 @@ def encode(tokenizer, prompt, continuations):
     Token ids of a prompt, and of each continuation. They are encoded together: where a tokenizer
     joins the end of the prompt with what follows, that token is part of what follows.
     """
-    whole = [tokenizer.encode(prompt + continuation) for continuation in continuations]
-    n = n_common([tokenizer.encode(prompt), *whole])
+    whole = [prompt_ids(tokenizer, prompt + continuation) for continuation in continuations]
+    n = n_common([prompt_ids(tokenizer, prompt), *whole])
     return whole[0][:n], [ids[n:] for ids in whole]
 
 
@@ -193,78 +177,6 @@ def evaluate(run, subject, items, cloze, bar):
         answers += "1" if values.index(max(values)) == item.question.answer else "0"
         bar.update()
     return answers
-
-
-# --- results.csv
-
-WHO = {"run": str, "checkpoint_sha256": str, "dtype": str}
-ASKED = {"source": str, "subject": str, "questions_sha256": str, "shots": int, "cloze": bool,
-         "n": int}
-FOUND = {"right": int, "answers": str, "commit": str, "torch": str, "device": str}
-COLUMNS = WHO | ASKED | FOUND
-
-
-# --- The table
-
-def wilson(right, n):
-    """The 95% interval of a share of right answers: (low, high), in %."""
-    share, z = right / n, NORMAL ** 2 / n
-    center, half = share + z / 2, math.sqrt(z * share * (1 - share) + z ** 2 / 4)
-    return 100 * (center - half) / (1 + z), 100 * (center + half) / (1 + z)
-
-
-def percent(right, n):
-    """A cell: the accuracy and its interval."""
-    low, high = wilson(right, n) if n else (0, 0)
-    return f"{100 * right / n:.1f} ({low:.1f}–{high:.1f})" if n else NOTHING
-
-
-def total(counts):
-    """The sum of pairs (right, n)."""
-    counts = list(counts)
-    return sum(right for right, _ in counts), sum(n for _, n in counts)
-
-
-def make_cells(counts):
-    """{subject: (right, n)} -> accuracy in the eight columns, their mean, that of all questions."""
-    totals = [total(found for subject, found in counts.items()
-                    if column in (CATEGORY[subject], level(subject))) for column in AREAS]
-    complete = all(n for _, n in totals)
-    average = f"{100 * mean(right / n for right, n in totals):.1f}" if complete else NOTHING
-    right, n = total(counts.values())
-    return [percent(*pair) for pair in totals] + [average, percent(right, n), f"{n:,}"]
-
-
-def name_of(who, others):
-    """A run's folder, and what tells it apart where others have the same."""
-    run, sha256, dtype = who
-    alone = [run for run, *_ in others].count(run) == 1
-    return run if alone else f"{run} ({sha256[:8]}, {dtype})"
-
-
-def paper_lines():
-    """The lines of the paper's Table 2."""
-    with open(PAPER, newline="", encoding="utf-8") as f:
-        return [[f"paper: {row['model']}", *(row[column] for column in (*AREAS, "average")),
-                 NOTHING, NOTHING] for row in csv.DictReader(f)]
-
-
-def make_table(rows, paper):
-    """A Markdown table of rows: a line for each run; paper: with the paper's."""
-    answered = defaultdict(dict)
-    for row in rows:
-        answered[tuple(row[column] for column in WHO)][row["subject"]] = row["right"], row["n"]
-    lines = [[name_of(who, answered), *make_cells(counts)] for who, counts in answered.items()]
-    header = ["accuracy in %", *AREAS, "average", "all questions", "questions"]
-    return markdown(header, lines + (paper_lines() if paper else []))
-
-
-def make_heading(config, exam, items):
-    """What the questions of the table are."""
-    n = sum(map(len, items.values()))
-    shots = f"{config.shots} shots" if exam.shots is not None else (
-        f"up to {config.shots} others of the subject as shots")
-    return f"{n:,} questions of {exam.source}, {shots}{', cloze' if config.cloze else ''}"
 
 
 # --- The program
@@ -335,7 +247,7 @@ def main():
         rows = results.load(store, COLUMNS)
         write_json(store.with_suffix(".json"), rows)
         rows = [row for row in rows if any(key.items() <= row.items() for key in asked.values())]
-        print(f"{make_heading(config, exam, items)}\n\n{make_table(rows, config.paper)}\n")
+        print(f"{make_table(rows, config.paper)}\n")
         print(f"{store}, {store.with_suffix('.json')}")
 
 

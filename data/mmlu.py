@@ -16,9 +16,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-from pyarrow import parquet
-
 from data import text
 from data.download import check_sha256, download, download_wheel, from_first
 from data.files import atomic_open, read_utf8
@@ -29,6 +26,7 @@ WHEEL = "lm-eval==0.4.13"  # EleutherAI's evaluation harness, MIT licence
 WHEEL_SHA256 = "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a"
 WHEEL_FILE = "lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json"
 PROMPTS_SHA256 = "081478485b1d4f51e01305e19113f0e3a468f2dc787596386998e229a97b096c"
+PROMPTS = f"the prompts of {WHEEL}, not of MMLU's test set"  # the source of their questions
 
 LETTERS = "ABCD"
 CATEGORIES = {  # of the subjects, as in categories.py of github.com/hendrycks/test
@@ -163,6 +161,8 @@ def read_csv(path):
 
 def read_parquet(path):
     """Pairs (subject, Question) of a Parquet file as cais/mmlu has them. Raises ValueError."""
+    import pyarrow  # here, since it takes half a second
+    from pyarrow import parquet
     columns = ["subject", "question", "choices", "answer"]
     try:
         rows = parquet.read_table(path, columns=columns, partitioning=None).to_pylist()
@@ -243,7 +243,7 @@ def read_prompts(path):
                      for subject, prompt in json.loads(read_utf8(path)).items()}
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({e}): remove it, and it is fetched anew") from None
-    return make_exam(f"the prompts of {WHEEL}, not of MMLU's test set", questions, None)
+    return make_exam(PROMPTS, questions, None)
 
 
 # --- Where they are from

@@ -7,11 +7,12 @@ Text to token ids and back, four ways behind one interface:
     hf      a tokenizer.json of Hugging Face, of a pretrained model (tokenizers)
 
 A tokenizer has `kind`, `n_vocab`, `encode(text) -> list[int]`, `decode(ids) -> str`,
-`decode_bytes(ids) -> bytes` (UTF-8, maybe ending inside a character) and `to_json() -> dict`, which
-`from_json` reads.
+`decode_bytes(ids) -> bytes` (UTF-8, maybe ending inside a character), `begin`, the ids that stand
+before a prompt, and `to_json() -> dict`, which `from_json` reads.
 """
 import json
 import re
+from itertools import takewhile
 
 import rustbpe
 import tiktoken
@@ -22,7 +23,7 @@ LONG_SPACE = re.compile(rf"(?<!\s)\s{{{SPACES},}}")
 
 
 class CharTokenizer:
-    kind = "char"
+    kind, begin = "char", ()
 
     def __init__(self, chars):
         """chars: string of the known characters; the index of a character is its id."""
@@ -50,7 +51,7 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    kind = "bpe"
+    kind, begin = "bpe", ()
 
     def __init__(self, pattern, tokens):
         """
@@ -120,6 +121,7 @@ class HFTokenizer:
         self.description = description
         self.n_vocab = max(n_vocab, self.tokenizer.get_vocab_size())
         self.bytes = dict(bytes_of_tokens(description))
+        self.begin = begin_of(self.tokenizer)
 
     def encode(self, text, special=False):
         """
@@ -138,6 +140,12 @@ class HFTokenizer:
 
     def to_json(self):
         return {"kind": self.kind, "n_vocab": self.n_vocab, "tokenizer": self.description}
+
+
+def begin_of(tokenizer):
+    """The ids that its own library puts before a text, such as <|begin_of_text|> of Llama 3."""
+    found = tokenizer.encode("a")
+    return found.ids[:len([*takewhile(bool, found.special_tokens_mask)])]
 
 
 def bytes_of_tokens(description):
@@ -228,13 +236,15 @@ def check_text(tokenizer, text):
 
 def prompt_ids(tokenizer, text, special=False):
     """
-    The ids of a prompt, without a byte order mark. An empty one starts from a newline, or from
-    token 0 where the vocabulary has none. special: see HFTokenizer.encode. Raises ValueError on a
-    character that cannot be encoded.
+    The ids of a prompt, without a byte order mark. A pretrained model's prompt begins as the texts
+    that it was trained on; an empty one of others starts from a newline, or from token 0 where the
+    vocabulary has none. special: see HFTokenizer.encode. Raises ValueError on a character that
+    cannot be encoded.
     """
-    text = text.removeprefix("\ufeff")
-    if text:
-        return tokenizer.encode(text, special=True) if special else tokenizer.encode(text)
+    text, begin = text.removeprefix("\ufeff"), [*tokenizer.begin]
+    if text or begin:
+        ids = tokenizer.encode(text, special=True) if special else tokenizer.encode(text)
+        return ids if ids[:len(begin)] == begin else begin + ids  # a special one may be there
     try:
         return tokenizer.encode("\n")
     except ValueError:

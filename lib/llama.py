@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 
 from data.files import read_utf8
 from data.tokenizer import HFTokenizer
+from lib.gguf_tokenizer import gguf_tokenizer
 from lm2 import LM2Config
 
-ROWS = 4096  # of a matrix in a GGUF file that are unpacked at once
+ROWS = 1024  # of a matrix in a GGUF file that are unpacked at once
 
 
 class Llama(NamedTuple):
@@ -182,15 +183,29 @@ GGUF_NAMES = {
 }
 
 
+class Reader(gguf.GGUFReader):
+    """A GGUF file. `about` has what it says; no array for each token stays, 140 MB of SmolLM2's."""
+
+    def __init__(self, path):
+        self.about = {}
+        super().__init__(path)
+
+    def _push_field(self, field, skip_sum=False):
+        n_bytes = super()._push_field(field, skip_sum)
+        self.about[field.name] = field.contents()
+        if field.types[0] == gguf.GGUFValueType.ARRAY:
+            field.parts.clear()
+        return n_bytes
+
+
 def open_gguf(path):
     """The Llama in a GGUF file. Raises ValueError."""
     try:
-        reader = gguf.GGUFReader(path)
-        about = {key: field.contents() for key, field in reader.fields.items()}
-        reader.fields.clear()  # an array for each token: 130 MB of SmolLM2's
+        reader = Reader(path)
     except Exception as e:  # numpy and gguf raise a different type for each kind of damage
         raise ValueError(f"{path} is damaged or no GGUF file ({type(e).__name__}): "
                          "copy it again") from None
+    about = reader.about
     kind = about.get("general.architecture")
     if kind != "llama":
         raise ValueError(f"{path}: general.architecture={kind} is not known here, only llama: "
@@ -214,9 +229,11 @@ def pieces_of_gguf(tensors, shape, path):
     for name, tensor in tensors.items():
         full = full_name(name)
         turned = re.search(r"self_attn\.([qk])_proj", full)
-        for row in range(0, len(tensor.data), ROWS):
+        # opened anew, since a file that stays open keeps in memory what was read of it
+        data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
+        for row in range(0, len(data), ROWS):
             try:
-                unpacked = gguf.dequantize(tensor.data[row:row + ROWS], tensor.tensor_type)
+                unpacked = gguf.dequantize(data[row:row + ROWS], tensor.tensor_type)
             except NotImplementedError:
                 raise ValueError(f"{path}: {name} is of type {tensor.tensor_type.name}, which "
                                  "gguf cannot unpack: use another file") from None
@@ -252,47 +269,6 @@ def half_split(weight, n_heads):
     and keys in the order of the one -> of the other. weight (n_heads * hs, D)
     """
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-# --- Its tokenizer
-
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# how each kind splits a text before it merges, as in the tokenizer.json of its models
-SPLITS = {
-    "gpt-2": [BYTES],
-    "smollm": [{"type": "Digits", "individual_digits": True}, BYTES],
-    "llama-bpe": [{"type": "Split", "pattern": {"Regex": LLAMA3_WORDS}, "behavior": "Isolated",
-                   "invert": False}, BYTES | {"use_regex": False}],
-}
-SPECIAL = 3  # the type of a token that stands for no text
-
-
-def gguf_tokenizer(about, path):
-    """A tokenizer.json, a dict, from the metadata of a GGUF file. Raises ValueError."""
-    kind, split = about.get("tokenizer.ggml.model"), about.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or split not in SPLITS:
-        key = "model" if kind != "gpt2" else "pre"
-        raise ValueError(f"{path}: tokenizer.ggml.{key}={about.get(f'tokenizer.ggml.{key}')} is "
-                         "not known here: use the folder with tokenizer.json and *.safetensors")
-    tokens, types = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
-    added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True}
-    return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
-        "added_tokens": [{"id": i, "content": token} | added
-                         for i, (token, type) in enumerate(zip(tokens, types)) if type == SPECIAL],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": SPLITS[split]},
-        "post_processor": None, "decoder": BYTES,
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": split == "llama-bpe",
-            "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in about["tokenizer.ggml.merges"]],
-        },
-    }
 
 
 # --- Into a model

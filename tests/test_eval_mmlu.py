@@ -1,10 +1,10 @@
-"""eval_mmlu.py: likelihoods of choices, results that nobody loses, the paper's table."""
+"""eval_mmlu.py: likelihoods of choices, and results that nobody loses."""
 import csv
 import json
 import shutil
 import string
+from copy import copy
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ from conftest import SMALL, is_one_line
 from test_mmlu import questions, write_csvs
 
 import eval_mmlu
-from data.mmlu import SUBJECTS, Item, Question, make_prompt
+from data.mmlu import Item, Question, make_prompt
 from data.tokenizer import CharTokenizer
-from eval_mmlu import AREAS, Run, encode, evaluate, make_cells, make_table, score, wilson
+from eval_mmlu import Run, encode, evaluate, score
 from lib import checkpoint
 from lm2 import LM2Config
 
@@ -85,6 +85,7 @@ def test_what_all_prompts_begin_with_goes_through_the_model_once(monkeypatch):
 
 class Joining:
     """Its tokens are single characters, but a space belongs to what stands before it."""
+    begin = ()
 
     def encode(self, text):
         pieces = text.replace(" ", " \0").split("\0")
@@ -99,6 +100,9 @@ def test_a_token_across_the_end_of_the_prompt_belongs_to_the_continuation():
         assert len(ids) == n
         assert [ids + each for each in after] == [tokenizer.encode(prompt + each)
                                                   for each in continuations]
+        tokenizer = copy(tokenizer)
+        tokenizer.begin = (7,)
+        assert encode(tokenizer, prompt, continuations) == ([7, *ids], after)
 
 
 def test_the_likeliest_letter_is_the_answer_and_the_likeliest_byte_of_a_text(monkeypatch):
@@ -242,65 +246,6 @@ def test_selected_subjects_and_questions_are_asked_and_others_join_the_table(ask
     code, out, _ = ask(*runs, "--n_questions=2")
     assert code == 0 and len(asked) == 6, "each once"
     assert out.count("| 50.0 (18.8–81.2) | 6 |") == 2
-
-
-# --- Tables
-
-def row(name, subject, right, n, **changes):
-    return {"run": name, "checkpoint_sha256": "a" * 64, "dtype": "float32", "subject": subject,
-            "right": right, "n": n} | changes
-
-
-def test_intervals_are_wilsons():
-    for right, n, low, high in ((0, 10, 0, 27.75), (50, 100, 40.38, 59.62), (4, 4, 51.01, 100)):
-        assert wilson(right, n) == pytest.approx((low, high), abs=0.01)
-
-
-def test_a_column_counts_the_questions_of_its_subjects():
-    counts = {subject: (number, 100) for number, subject in enumerate(SUBJECTS)}
-    cells = dict(zip((*AREAS, "average", "all", "n"), make_cells(counts)))
-    numbers = {column: float(cell.split()[0]) for column, cell in cells.items() if column != "n"}
-    college = [number for number, subject in enumerate(SUBJECTS) if subject.startswith("college_")]
-    assert numbers["college"] == round(mean(college), 1) and len(college) == 6
-    assert numbers["all"] == mean(range(57)) and cells["n"] == "5,700"
-    assert numbers["average"] == pytest.approx(mean(numbers[c] for c in AREAS), abs=0.051)
-    cells = make_cells({"anatomy": (10, 10), "virology": (0, 90), "astronomy": (5, 10)})
-    assert [cell.split(" ")[0] for cell in cells] == [
-        "50.0", "–", "–", "10.0", "–", "–", "–", "13.6", "–", "13.6", "110"]
-
-
-def test_every_subject_counts_in_one_category_and_one_level():
-    for subject in SUBJECTS:
-        cells = make_cells({subject: (1, 1)})
-        category, level = cells[:4], cells[4:8]
-        assert [sum(cell != "–" for cell in part) for part in (category, level)] == [1, 1]
-
-
-def test_the_papers_lines_stand_beside_ours():
-    plain, with_paper = (make_table([row("x", "anatomy", 1, 4)], paper) for paper in (False, True))
-    ours, lines = plain.splitlines(), with_paper.splitlines()
-    assert lines[:3] == ours and ours[0].startswith(
-        "| accuracy in % | STEM | humanities | social sciences | other | high school | college | "
-        "professional | general | average |")
-    printed = {"vanilla-Llama-1.7B": "27.2 28.7 29.2 27.7 28.8 27.7 27.5 27.2 28.0",
-               "RMT-1.7B": "25.7 26.7 27.0 27.1 26.5 27.1 26.6 25.6 26.5",
-               "LM2-1.7B": "28.1 32.2 31.6 28.0 30.4 29.0 27.6 28.5 29.4"}
-    assert lines[3:] == [f"| paper: {model} | {numbers.replace(' ', ' | ')} | – | – |"
-                         for model, numbers in printed.items()]
-
-
-def test_the_papers_average_is_the_mean_of_its_eight_columns():
-    with open(eval_mmlu.PAPER, newline="") as f:
-        for line in csv.DictReader(f):
-            average = mean(float(line[column]) for column in AREAS)
-            assert float(line["average"]) == round(average, 1)
-
-
-def test_lines_with_the_same_folder_are_told_apart():
-    table = make_table([row("x", "anatomy", 1, 4), row("x", "anatomy", 2, 4, dtype="bfloat16"),
-                        row("y", "anatomy", 3, 4)], paper=False)
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [
-        "| x (aaaaaaaa, float32)", "| x (aaaaaaaa, bfloat16)", "| y"]
 
 
 # --- Refusals

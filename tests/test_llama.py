@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_gguf_tokenizer import write_sentencepiece
 
-from data.tokenizer import from_json
+from data.tokenizer import prompt_ids
 from lib import llama
 from lib.llama import copy_weights, open_llama
 from lm2 import LM2, LM2Config
@@ -80,6 +81,16 @@ def test_logits_of_a_gguf_file_are_those_of_transformers():
     expected = load_file(TINY / "grouped/expected.safetensors")
     logits = model_of(TINY / "grouped.gguf")(expected["ids"])[0][0, -6:]
     torch.testing.assert_close(logits, expected["gguf_logits"], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_gguf_file_with_another_tokenizer_is_read(tmp_path):
+    write_sentencepiece(tmp_path / "x.gguf")
+    found = open_llama(tmp_path / "x.gguf")
+    ids = prompt_ids(found.tokenizer, "he took")
+    assert ids[0] == found.tokenizer.begin[0] and found.tokenizer.n_vocab > 288
+    logits = model_of(tmp_path / "x.gguf")(torch.tensor([ids]))[0]
+    assert logits.shape == (1, len(ids), found.tokenizer.n_vocab)
 
 
 @torch.no_grad()
@@ -196,33 +207,6 @@ def test_tensors_that_a_llama_lacks_or_that_cannot_be_unpacked_are_named(tmp_pat
         assert refused(path, name.decode().rpartition(".")[2], "has no place in a Llama")
     write_gguf(path, b"blk.1.attn_output.weight", gguf.GGMLQuantizationType.Q8_1)
     assert refused(path, "x.gguf")
-
-
-@pytest.fixture
-def about():
-    """The metadata of the tiny GGUF file."""
-    fields = gguf.GGUFReader(TINY / "grouped.gguf").fields
-    return {key: field.contents() for key, field in fields.items()}
-
-
-def test_a_tokenizer_of_a_gguf_file_is_the_one_of_the_folder():
-    ours, folders = (open_llama(TINY / name).tokenizer for name in ("grouped.gguf", "grouped"))
-    for text in json.loads((TINY / "grouped/texts.json").read_text()):
-        assert ours.encode(text["text"]) == folders.encode(text["text"]) == text["ordinary"]
-        assert ours.encode(text["text"], special=True) == text["ids"]
-
-
-@pytest.mark.parametrize("key, value", [("model", "llama"), ("pre", "qwen2")])
-def test_other_tokenizers_of_gguf_files_are_refused(about, key, value):
-    with pytest.raises(ValueError, match=f"^x: tokenizer.ggml.{key}={value} is not known"):
-        llama.gguf_tokenizer(about | {f"tokenizer.ggml.{key}": value}, "x")
-
-
-def test_words_of_llama_3_are_split_as_in_its_tokenizer(about):
-    found = from_json({"kind": "hf", "n_vocab": 0, "tokenizer":
-                       llama.gguf_tokenizer(about | {"tokenizer.ggml.pre": "llama-bpe"}, "x")})
-    words = found.tokenizer.pre_tokenizer.pre_tokenize_str("I'm 12345 years\n\n old")
-    assert [word for word, _ in words] == ["I", "'m", "Ġ", "123", "45", "Ġyears", "ĊĊ", "Ġold"]
 
 
 def test_rope_scaling_of_a_gguf_file_is_recognised():

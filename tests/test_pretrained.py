@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import is_one_line
+from test_tokenizer import with_beginning
 
 import pretrained
 from data.files import sha256_of
@@ -53,6 +54,19 @@ def test_special_tokens_in_a_prompt_are_special_if_asked(call, checkout, run):
     checkout.train("out/chars", "--max_iters=0", "--overwrite")
     code, _, err = call("sample.py", "--out_dir=out/chars", "--special")
     assert is_one_line(code, err, "special=True")
+
+
+def test_a_prompt_begins_with_the_token_that_the_model_expects(call, checkout, run, tmp_path):
+    folder = Path(shutil.copytree(TINY / "grouped", tmp_path / "begun"))
+    description = with_beginning("<|im_start|>", 1)
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    assert call("pretrained.py", str(folder), "--out_dir=out/begun", *BANKS)[0] == 0
+    begun, plain, spelled = (
+        call("sample.py", f"--out_dir=out/{name}", *args, "--temperature=0",
+             "--max_new_tokens=20")[1] for name, *args in (
+            ("begun", "--start=The"), ("tiny", "--start=The"),
+            ("tiny", "--special", "--start=<|im_start|>The")))
+    assert f"<|im_start|>{begun}" == spelled and begun != plain
 
 
 def test_training_goes_on_from_it_with_its_tokenizer(call, checkout, run):

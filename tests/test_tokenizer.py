@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data.tokenizer import (
     SPACES,
@@ -92,6 +92,35 @@ def test_hf_gives_the_ids_of_its_library_and_takes_special_tokens_only_if_asked(
     assert hf.encode("<|endoftext|>a", special=True)[0] == 0 not in hf.encode("<|endoftext|>a")
     assert prompt_ids(hf, "<|im_start|>", special=True) == [1]
     assert hf.decode([0, 1]) == "<|endoftext|><|im_start|>" == hf.decode_bytes([0, 1]).decode()
+
+
+def with_beginning(name, token_id):
+    """The tiny Llama's tokenizer.json, with the post_processor of a model that begins its texts."""
+    processor = processors.Sequence([
+        processors.ByteLevel(trim_offsets=False),
+        processors.TemplateProcessing(single=f"{name} $A", special_tokens=[(name, token_id)])])
+    made = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    made.post_processor = processor
+    return json.loads(made.to_str())
+
+
+def test_a_prompt_begins_as_the_models_own_tokenizer_says(hf):
+    description = with_beginning("<|im_start|>", 1)
+    ours, theirs = HFTokenizer(description), Tokenizer.from_str(json.dumps(description))
+    for special in (False, True):
+        theirs.encode_special_tokens = not special
+        for text in ["", "To be", "\n", "a<|endoftext|>b", "<|endoftext|>", *ODD[:-1]]:
+            assert prompt_ids(ours, text, special) == theirs.encode(text).ids
+            plain = ours.encode(text, special)
+            assert [1, *plain] == theirs.encode(text).ids and ours.decode(plain) == text
+            assert plain == hf.encode(text, special)
+    assert (hf.begin, prompt_ids(hf, "")) == ([], hf.encode("\n"))
+
+
+def test_a_prompt_begins_once_where_the_text_says_it_too():
+    tokenizer = HFTokenizer(with_beginning("<|im_start|>", 1))
+    assert prompt_ids(tokenizer, "<|im_start|>To", special=True) == prompt_ids(tokenizer, "To")
+    assert prompt_ids(tokenizer, "<|im_start|>To").count(1) == 1
 
 
 def test_hf_knows_the_bytes_of_sentencepiece():
