@@ -1,168 +1,113 @@
 """
-The course keeps its promise: for each row of docs/course.md the tests that guide fail while the
-functions are blanked out, and pass when they are put back.
+The course keeps its promises: each row of docs/course.md is one call, in its hand-out the tests
+that guide fail, and with the bodies put back they pass; and the grader is fooled by no submission
+that hangs, crashes or prints.
 
-Each row is tried in a copy of the sources, two at a time.
+Hand-outs are tried two at a time. The grader is tried on a course of one line, without torch.
 """
-import ast
+import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import NamedTuple
 
 import pytest
-from conftest import REPO, copy_sources
+from conftest import REPO, copy_sources, is_one_line
 
-INDENT = re.compile(" *")
+from docs.assignment import (
+    ANSWERS,
+    ANSWERS_HANDED_OUT,
+    COURSE,
+    assignments,
+    blank_out,
+    find,
+    put_back,
+)
+from docs.grade import COLUMNS, Outcome, read_report, run_tests
 
-
-class Assignment(NamedTuple):
-    """A row of the table."""
-    title: str
-    functions: list  # as in MemoryBank.read
-    file: str
-    guide: list      # what stands behind `python -m pytest`: files, -k, an expression
-
-    @property
-    def files(self):
-        return self.guide[:-2]
-
-    @property
-    def expression(self):
-        return self.guide[-1]
-
-
-def assignments(text):
-    """The rows of the table in a text."""
-    rows = re.findall(r"^\| ([^|`]+) \| (`[^|]+`) \| (\S+\.py) \| `([^|`]+)` \| .+ \|$", text, re.M)
-    return [Assignment(title, re.findall(r"`([\w.]+)`", functions), file, shlex.split(guide))
-            for title, functions, file, guide in rows]
-
-
-COURSE = (REPO / "docs" / "course.md").read_text(encoding="utf-8")
-ASSIGNMENTS = assignments(COURSE)
+PAGE = COURSE.read_text(encoding="utf-8")
+ASSIGNMENTS = assignments()
+LIMIT = 600  # seconds for the tests of an assignment
 each_assignment = pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=lambda a: a.title)
 
 
-# --- To blank out, and to put back
-
-def body_of(source, name):
-    """
-    The lines of a function's body, without its docstring: first (from 0), and behind the last.
-    name: as in rotate, or MemoryBank.read
-    """
-    node = ast.parse(source)
-    for part in name.split("."):
-        found = [child for child in node.body if getattr(child, "name", "") == part]
-        assert len(found) == 1, f"{name} is there {len(found)} times"
-        node = found[0]
-    assert isinstance(node, ast.FunctionDef), f"{name} is no function"
-    assert ast.get_docstring(node), f"{name} has no docstring to work from"
-    return node.body[0].end_lineno, node.end_lineno
+def section(text, heading):
+    """What stands between a heading and the next one, in one line."""
+    found = re.findall(rf"^##+ {re.escape(heading)}\n(.+?)(?=^##|\Z)", text, re.M | re.S)
+    assert len(found) == 1, f"{heading} is there {len(found)} times"
+    return " ".join(found[0].split())
 
 
-def replace_body(source, name, body):
-    """The source with other lines for a function's body, and the lines that were there."""
-    lines = source.splitlines(keepends=True)
-    first, end = body_of(source, name)
-    return "".join(lines[:first] + body + lines[end:]), lines[first:end]
+def call_of(assignment):
+    """What docs/course.md tells the teacher to call for a hand-out: arguments behind `python`."""
+    calls = re.findall(r"`python (-m docs\.assignment [^`]+)`", section(PAGE, assignment.title))
+    assert len(calls) == 1
+    return shlex.split(calls[0])
 
 
-def blank_out(source, names):
-    """The source without the bodies of functions, and {name: its body}."""
-    bodies = {}
-    for name in names:
-        first, _ = body_of(source, name)
-        indent = INDENT.match(source.splitlines()[first]).group()
-        blank = [f"{indent}raise NotImplementedError\n"]
-        source, bodies[name] = replace_body(source, name, blank)
-    return source, bodies
+# --- All hand-outs
+
+class Tried(NamedTuple):
+    """A hand-out."""
+    said: str          # by the program that made it
+    files: set         # all of its files, as paths from its root
+    outcome: Outcome   # of the tests that guide, blanked out
+    as_before: bool    # whether the file is as it was, once the bodies are put back
 
 
-def put_back(source, bodies):
-    for name, body in bodies.items():
-        source, _ = replace_body(source, name, body)
-    return source
+def hand_out_by_call(assignment, checkout):
+    """Call what the page says in a checkout -> what it prints, and the folder of the hand-out"""
+    _, program, *args = call_of(assignment)
+    code, out, err = checkout.call(program, *args)
+    assert (code, err) == (0, "")
+    return out, checkout.folder / args[-1].removeprefix("--out=")
 
 
-def signatures(source):
-    """Name, arguments and docstring of all functions."""
-    return [(node.name, ast.unparse(node.args), ast.get_docstring(node))
-            for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
-
-
-# --- To run the tests that guide
-
-class Outcome(NamedTuple):
-    """What came of the tests that guide."""
-    code: int     # exit code of pytest: 0 all passed, 1 some failed, all else: they did not run
-    tests: dict   # {name of a test, with its file: why it failed, "" if it passed}
-    output: str
-
-
-def run_tests(folder, *args):
-    """Run tests in a folder -> their Outcome"""
-    report = folder / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "--tb=line",
-               f"--junitxml={report}", *args]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    tests = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        why = " ".join(str(child.get("message")) or child.tag for child in case)
-        tests[f"{case.get('classname')}::{case.get('name')}"] = why
-    return Outcome(done.returncode, tests, done.stdout[-3000:] + done.stderr[-3000:])
-
-
-def try_blanked(assignment, folder):
-    """
-    Blank the functions of an assignment out in a copy, run the tests that guide, put the bodies
-    back -> the Outcome, and whether the file is then as it was
-    """
-    copy_sources(folder)
-    path = folder / assignment.file
-    before = path.read_bytes()
-    blank, bodies = blank_out(before.decode(), assignment.functions)
-    path.write_bytes(blank.encode())
-    outcome = run_tests(folder, *assignment.guide)
-    path.write_bytes(put_back(path.read_bytes().decode(), bodies).encode())
-    return outcome, path.read_bytes() == before
+def try_hand_out(assignment, made):
+    """Run the tests that guide in a hand-out, then put the bodies back -> Tried"""
+    said, folder = made
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    outcome = run_tests(folder, assignment.pytest_args, LIMIT)
+    before = (REPO / assignment.file).read_bytes().decode()
+    _, bodies = blank_out(before, assignment.functions)
+    after = put_back((folder / assignment.file).read_bytes().decode(), bodies)
+    return Tried(said, files, outcome, after == before)
 
 
 def try_whole(folder):
     """Run the tests that guide of all assignments, with nothing blanked out -> the Outcome"""
     copy_sources(folder)
-    files = dict.fromkeys(file for assignment in ASSIGNMENTS for file in assignment.files)
-    expression = " or ".join(f"({assignment.expression})" for assignment in ASSIGNMENTS)
-    return run_tests(folder, *files, "-k", expression)
+    guides = [assignment.pytest_args for assignment in ASSIGNMENTS]
+    files = dict.fromkeys(file for *some, _, _ in guides for file in some)
+    expression = " or ".join(f"({guide[-1]})" for guide in guides)
+    return run_tests(folder, [*files, "-k", expression], LIMIT)
 
 
 @pytest.fixture(scope="module")
-def tried(tmp_path_factory):
-    """What came of all assignments: {title: (Outcome, file as before)}, the Outcome of the whole"""
+def tried(checkout, tmp_path_factory):
+    """What came of all assignments: {title: Tried}, and the Outcome of the whole"""
+    made = [hand_out_by_call(assignment, checkout) for assignment in ASSIGNMENTS]
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(try_whole, tmp_path_factory.mktemp("whole"))
-        folders = [tmp_path_factory.mktemp("blanked") for _ in ASSIGNMENTS]
-        blanked = pool.map(try_blanked, ASSIGNMENTS, folders)
+        blanked = pool.map(try_hand_out, ASSIGNMENTS, made)
         return dict(zip([a.title for a in ASSIGNMENTS], blanked)), whole.result()
 
 
-# --- The promises
-
 def test_the_table_has_nine_assignments_and_none_is_overlooked():
-    table = [line for line in COURSE.splitlines() if line.startswith("|")]
+    table = [line for line in PAGE.splitlines() if line.startswith("|")]
     assert len(ASSIGNMENTS) == len(table) - 2 == 9
 
 
 @each_assignment
-def test_blanked_out_all_tests_that_guide_fail(assignment, tried):
-    outcome, _ = tried[0][assignment.title]
-    assert outcome.code == 1, f"the tests did not run:\n{outcome.output}"
-    assert outcome.tests
+def test_handed_out_all_tests_that_guide_fail(assignment, tried):
+    outcome = tried[0][assignment.title].outcome
+    assert outcome.tests and not outcome.note
     others = {test: why or "passed" for test, why in outcome.tests.items()
               if "NotImplementedError" not in why}
     assert not others, "these tests do not fail for what is blanked out"
@@ -170,25 +115,283 @@ def test_blanked_out_all_tests_that_guide_fail(assignment, tried):
 
 @each_assignment
 def test_every_word_of_the_expression_selects_a_test(assignment, tried):
-    outcome, _ = tried[0][assignment.title]
-    wanted = re.sub(r"\bnot \w+", "", assignment.expression)
+    wanted = re.sub(r"\bnot \w+", "", assignment.pytest_args[-1])
     words = set(re.findall(r"\w+", wanted)) - {"and", "or"}
     assert words
     for word in words:
-        assert any(word in test for test in outcome.tests), f"{word} selects nothing"
+        found = tried[0][assignment.title].outcome.tests
+        assert any(word in test for test in found), f"{word} selects nothing"
 
 
 @each_assignment
 def test_put_back_all_tests_that_guide_pass(assignment, tried):
-    outcome, as_before = tried[0][assignment.title]
-    assert as_before, f"{assignment.file} is not as it was"
-    found = {test: tried[1].tests.get(test, "did not run") for test in outcome.tests}
-    assert found and not any(found.values()), tried[1].output
+    blanked, whole = tried[0][assignment.title], tried[1]
+    assert blanked.as_before, f"{assignment.file} is not as it was"
+    found = {test: whole.tests.get(test, "did not run") for test in blanked.outcome.tests}
+    assert found and not any(found.values()), whole.note
 
 
 @each_assignment
-def test_signatures_and_docstrings_stay(assignment):
+def test_a_hand_out_has_no_answers_no_history_and_no_caches(assignment, tried):
+    said, files, _, _ = tried[0][assignment.title]
+    assert {"README.md", "train.py", "docs/course.md", "tests/conftest.py"} <= files
+    assert not [file for file in files if file.endswith(".pyc") or file.startswith(".git/")]
+    assert "tests/test_course.py" not in files
+    assert f"python -m pytest {assignment.guide}\n" in said
+    assert all(function in said for function in assignment.functions)
+
+
+def test_a_hand_out_has_a_page_without_answers(tried, checkout):
+    folder = checkout.folder / call_of(ASSIGNMENTS[0])[-1].removeprefix("--out=")
+    assert (folder / ANSWERS).read_text() == ANSWERS_HANDED_OUT
+
+
+@each_assignment
+def test_signatures_and_docstrings_stay_and_comments_go(assignment):
     before = (REPO / assignment.file).read_text(encoding="utf-8")
     blank, bodies = blank_out(before, assignment.functions)
     assert blank.count("raise NotImplementedError\n") == len(bodies) == len(assignment.functions)
-    assert signatures(blank) == signatures(before)
+    kept = {line for line in blank.splitlines() if "#" in line}
+    for body in bodies.values():
+        assert not kept.intersection(line for line in body if "#" in line)
+    left = iter(before.splitlines())  # all that is not of a body stands there, in the same order
+    assert all(line in left for line in blank.splitlines() if "NotImplementedError" not in line)
+
+
+@each_assignment
+def test_every_assignment_says_what_it_teaches_and_has_a_question_with_an_answer(assignment):
+    text = section(PAGE, assignment.title)
+    assert "**Teaches** " in text and " Read " in text and assignment.hours > 0
+    question = re.search(r"\*\*Discuss:\*\* (.+\?)", text)[1]
+    asked, answer = re.fullmatch(r"\*(.+?\?)\* (.+)",
+                                 section((REPO / ANSWERS).read_text(encoding="utf-8"),
+                                         assignment.title)).groups()
+    assert asked == question and len(answer) > 200
+
+
+@each_assignment
+def test_an_assignment_is_found_by_its_title_and_by_its_functions(assignment):
+    assert find([assignment.title]) == find(assignment.title.split()) == assignment
+    assert find(assignment.functions) == assignment
+    assert all(find([function]) == assignment for function in assignment.functions)
+
+
+def test_without_arguments_the_assignments_are_printed(call):
+    code, out, err = call("docs.assignment")
+    assert (code, err) == (0, "")
+    for line, assignment in zip(out.splitlines(), ASSIGNMENTS, strict=True):
+        assert line.startswith(assignment.title)
+        assert f" {assignment.hours} h " in line and line.endswith(", ".join(assignment.functions))
+
+
+@pytest.mark.parametrize("args, named", [
+    (["MemoryBank.walk"], ["MemoryBank.walk", '"memory: gates"']),
+    (["rotate", "draw_token"], ["rotate draw_token", "sampling"]),
+    (["learning rate", "--out=full"], ["full", "--out"]),
+    (["learning rate", "--out=full/notes.txt"], ["full/notes.txt", "--out"]),
+    (["learning rate", "--out=full/notes.txt/a"], ["notes.txt"]),
+    (["learning rate", "--outs=new"], ["--outs=new", "--out?"])])
+def test_a_hand_out_that_cannot_be_made_is_refused_in_one_line(checkout, call, args, named):
+    full = checkout.folder / "full"
+    full.mkdir(exist_ok=True)
+    (full / "notes.txt").write_text("mine")
+    code, _, err = call("docs.assignment", *args)
+    assert is_one_line(code, err, *named), err
+    assert os.listdir(full) == ["notes.txt"] and (full / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("source, name, complaint", [
+    ("def f():\n    '''a'''\n    return 1\n", "g", "g is there 0 times"),
+    ("def f():\n    '''a'''\n    return 1\n" * 2, "f", "f is there 2 times"),
+    ("def f():\n    return 1\n", "f", "f is no function with a docstring"),
+    ("class f:\n    '''a'''\n    b = 1\n", "f", "f is no function with a docstring")])
+def test_a_function_that_cannot_be_blanked_out_is_named(source, name, complaint):
+    with pytest.raises(ValueError, match=f"^{complaint}"):
+        blank_out(source, [name])
+
+
+def test_a_blank_line_or_a_comment_behind_the_docstring_goes_too():
+    body = "\n        # why\n        return 1\n"
+    source = f'class A:\n    def f(self):\n        """a"""\n{body}\nb = 2\n'
+    blank, bodies = blank_out(source, ["A.f"])
+    assert blank == source.replace(body, "        raise NotImplementedError\n")
+    assert put_back(blank, bodies) == source
+
+
+# --- The grader, on a course of one line
+
+TOOLS = ("docs/__init__.py", "docs/assignment.py", "docs/grade.py", "lib/__init__.py",
+         "lib/config.py", "data/__init__.py", "data/files.py")
+RIGHT = 'def add(a, b):\n    """a + b"""\n    return a + b\n'
+LITTLE = {
+    ".gitignore": "out/\n__pycache__/\n",
+    "docs/course.md": '| sums | 1 | `add` | sums.py | `tests/test_sums.py -k "add"` |\n',
+    "sums.py": RIGHT,
+    "tests/test_sums.py": """\
+import pytest
+
+import sums
+
+@pytest.mark.parametrize("b", [0, 1, 2])
+def test_add(b):
+    assert sums.add(3, b) == 3 + b
+
+def test_another():
+    assert False
+""",
+}
+# a child that outlives what has started it would go on to write
+CHILD = """\
+import os, subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", '''
+import time
+for _ in range(10_000):
+    with open("HEART", "a") as f: f.write("x")
+    time.sleep(0.05)
+'''])
+while not os.path.exists("HEART"): time.sleep(0.01)
+"""
+# a report like pytest's, wherever an argument of this process says that it goes
+FORGED = """\
+import glob, os, re, sys, tempfile
+cases = "".join(f'<testcase classname="tests.test_sums" name="test_add[{b}]"/>' for b in range(3))
+said = " ".join(map(str, [*sys.argv, *sys.orig_argv, *os.environ.values()]))
+for path in re.findall(r"[^ '=]+\\.xml", said) + glob.glob(tempfile.gettempdir() + "/*/*.xml"):
+    with open(path, "w") as f:
+        f.write(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+os._exit(0)
+"""
+SUBMISSIONS = {  # {name: (file, its text, how many of three tests pass, what the note has)}
+    "right": ("right.py", RIGHT, 3, ""),
+    "folder": ("folder/sums.py", RIGHT, 3, ""),
+    "loud": ("loud.py", "print('loud ' * 20_000_000)\n" + RIGHT, 3, ""),
+    "half": ("half.py", "def add(a, b):\n    return a + min(b, 1)\n", 2, "test_add[2]: "),
+    "blank": ("blank.py", "def add(a, b):\n    raise NotImplementedError\n", 0, "NotImplemented"),
+    "typo": ("typo.py", "def add(a, b:\n", 0, "does not import: SyntaxError: "),
+    "leaves": ("leaves.py", CHILD + "os._exit(0)\n", 0, "exit code 0"),
+    "stops": ("stops.py", "raise SystemExit(0)\n", 0, "SystemExit"),
+    "skips": ("skips.py", "import pytest\npytest.skip('', allow_module_level=True)\n", 0, "run"),
+    "forges": ("forges.py", FORGED, 0, "exit code 0"),
+    "other": ("other/lm2.py", RIGHT, 0, "has no sums.py"),
+    "notes.txt": ("notes.txt", RIGHT, 0, "has no sums.py"),
+}
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    """A repository with one function, its course and its submissions, without git."""
+    folder = tmp_path_factory.mktemp("little")
+    files = {f"in/{file}": text for file, text, *_ in SUBMISSIONS.values()}
+    hangs = CHILD + "time.sleep(3600)\n"
+    files |= {"in/.DS_Store": "", "slow/hangs.py": hangs, "slow/ok.py": RIGHT}
+    for name, text in (LITTLE | files).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("HEART", f"{folder}/{path.name}.heart"))
+    for name in TOOLS:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, folder / name)
+    return folder
+
+
+def run_program(folder, *args):
+    """A program of a repository -> exit code, standard output, standard error"""
+    done = subprocess.run([sys.executable, "-m", *args], cwd=folder, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def grade_little(little, folder, out, *flags):
+    """Grade submissions to the little course -> {name: row}, what was printed"""
+    code, printed, err = run_program(little, "docs.grade", "sums", folder, f"--out={out}", *flags)
+    assert (code, err) == (0, "")
+    with open(little / out, newline="") as f:
+        return {row["name"]: row for row in csv.DictReader(f)}, printed
+
+
+@pytest.fixture(scope="module")
+def graded(little):
+    return grade_little(little, "in", "out/sums.csv")
+
+
+@pytest.mark.parametrize("name", SUBMISSIONS)
+def test_a_submission_counts_as_many_tests_as_it_passes(graded, name):
+    rows, printed = graded
+    row, (_, _, passed, note) = rows[name], SUBMISSIONS[name]
+    assert tuple(row) == COLUMNS and int(row["seconds"]) >= 0
+    assert (int(row["passed"]), int(row["failed"]), row["total"]) == (passed, 3 - passed, "3")
+    assert note in row["note"] and bool(note) == bool(row["note"]) and len(row["note"]) <= 200
+    assert f"{name}: {passed} of 3, " in printed
+
+
+def test_there_is_a_row_for_each_submission_in_order(graded):
+    assert list(graded[0]) == sorted(SUBMISSIONS)
+
+
+def is_still(heart):
+    """Whether the child of a submission has written, and writes no more."""
+    size = heart.stat().st_size
+    time.sleep(0.5)
+    return 0 < size == heart.stat().st_size
+
+
+def test_a_submission_that_hangs_is_stopped_and_costs_only_itself(little):
+    for limit in (5, 60, 600):  # on a busy machine it takes more than 5 s until it hangs
+        with suppress(AssertionError):  # not even the teacher's own file was in time
+            rows, _ = grade_little(little, "slow", f"out/{limit}.csv", f"--seconds={limit}")
+            if (little / "hangs.py.heart").exists() and rows["ok"]["passed"] == "3":
+                break
+    assert [row["passed"] for row in rows.values()] == ["0", "3"]
+    assert rows["hangs"]["note"] == f"timed out after {limit} s"
+    assert is_still(little / "hangs.py.heart")
+
+
+def test_what_a_submission_has_started_ends_with_it(graded, little):
+    assert is_still(little / "leaves.py.heart")
+
+
+def test_grades_are_not_written_over(graded, little):
+    before = (little / "out/sums.csv").read_bytes()
+    code, _, err = run_program(little, "docs.grade", "sums", "in", "--out=out/sums.csv")
+    assert is_one_line(code, err, "out/sums.csv", "--out")
+    assert (little / "out/sums.csv").read_bytes() == before
+
+
+def test_where_the_teachers_own_file_fails_nothing_is_graded(little, tmp_path):
+    broken = shutil.copytree(little, tmp_path / "broken", ignore=shutil.ignore_patterns("out"))
+    (broken / "sums.py").write_text(SUBMISSIONS["half"][1])
+    code, out, err = run_program(broken, "docs.grade", "sums", "in")
+    assert is_one_line(code, err, "sums.py", "test_add[2]", "--seconds") and not out
+    assert not list(broken.glob("out/*"))
+
+
+def test_a_test_that_is_reported_twice_fails_if_it_fails_once(tmp_path):
+    case = '<testcase classname="t" name="a">{}</testcase>'
+    once, problem = case.format(""), case.format('<error message="why"/>')
+    printed = case.format("<system-out>loud</system-out>")
+    for cases, why in ((once + problem, "why"), (problem + once, "why"), (printed, "")):
+        (tmp_path / "report.xml").write_text(f"<testsuite>{cases}</testsuite>")
+        assert read_report(tmp_path / "report.xml") == ({"t::a": why}, "")
+
+
+def test_a_hand_out_can_come_back_as_a_submission(tried, checkout):
+    assignment = find(["learning rate"])
+    handed_out = checkout.folder / call_of(assignment)[-1].removeprefix("--out=")
+    shutil.copytree(handed_out, checkout.folder / "submitted" / "anna")
+    shutil.copy(REPO / assignment.file, checkout.folder / "submitted" / "anna")
+    code, out, err = checkout.call("docs.grade", "learning rate", "submitted", "--out=rate.csv")
+    assert (code, err) == (0, "") and re.fullmatch(r"anna: 1 of 1, \d+ s\nrate.csv\n", out)
+
+
+@pytest.mark.parametrize("args, named", [
+    ([], ["docs.grade"]), (["memory: gates"], ["docs.grade"]),
+    (["walk", "empty"], ["walk", '"memory: gates"']),
+    (["memory: gates", "none"], ["none"]), (["memory: gates", "empty"], ["empty", "NAME.py"]),
+    (["memory: gates", "empty", "--seconds=0"], ["seconds=0"]),
+    (["memory: gates", "empty", "--seconds=soon"], ["seconds=soon"]),
+    (["memory: gates", "empty", "--out=play.txt"], ["play.txt", "--out"])])
+def test_what_cannot_be_graded_is_refused_in_one_line(checkout, call, args, named):
+    (checkout.folder / "empty").mkdir(exist_ok=True)
+    before = (checkout.folder / "play.txt").read_bytes()
+    code, out, err = call("docs.grade", *args)
+    assert is_one_line(code, err, *named) and not out, err
+    assert (checkout.folder / "play.txt").read_bytes() == before

@@ -9,13 +9,15 @@ import ast
 import shutil
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
+from docs.assignment import repository_files
+
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = {"lm2.py": 0, "baselines": 1, "data": 1, "lib": 2, "programs": 3, "tests": 4}
+FLOORS = {"lm2.py": 0, "baselines": 1, "data": 1, "lib": 2, "programs": 3, "docs": 3,
+          "tests": 4}
 MAX_COLUMNS = 100
 MAX_LINES = {"lm2.py": 520, "train.py": 350}
 MAX_LINES_ELSEWHERE = 400
@@ -23,38 +25,10 @@ README_LINES, README_BYTES = 180, 14_336
 TOP_LEVEL_ENTRIES = 20
 
 
-# --- What belongs to the house
-
-def house_files(root):
-    """The files of a checkout, as paths from its root: what git tracks, or what is not ignored."""
-    paths = tracked_files(root)
-    if not paths:  # a copy without git
-        patterns = [".git/", *(root / ".gitignore").read_text().split()]
-        paths = [path.relative_to(root) for path in root.rglob("*")]
-        paths = [path for path in paths if not is_ignored(path, patterns)]
-    return sorted(path for path in paths if (root / path).is_file())
-
-
-def tracked_files(root):
-    """What git tracks; nothing where there is no .git, or no git."""
-    if not ((root / ".git").exists() and shutil.which("git")):
-        return []
-    git = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True)
-    return [Path(name) for name in git.stdout.split("\0") if name]
-
-
-def is_ignored(path, patterns):
-    """Does a file match a line of .gitignore? out/ and data/*/ name folders, *.tmp names files."""
-    for pattern in patterns:
-        places = path.parents if pattern.endswith("/") else (path, *path.parents)
-        pattern = pattern.rstrip("/")
-        if any(fnmatch(str(place) if "/" in pattern else place.name, pattern) for place in places):
-            return True
-    return False
-
+# --- What belongs to the house: what a hand-out of the course has
 
 def python_files(root):
-    return [path for path in house_files(root) if path.suffix == ".py"]
+    return [path for path in repository_files(root) if path.suffix == ".py"]
 
 
 def text_of(root, path):
@@ -189,7 +163,7 @@ def long_readme(root):
 
 def crowded_top_level(root):
     """What `ls` shows: hidden files do not count."""
-    entries = sorted({path.parts[0] for path in house_files(root)})
+    entries = sorted({path.parts[0] for path in repository_files(root)})
     entries = [entry for entry in entries if not entry.startswith(".")]
     if len(entries) <= TOP_LEVEL_ENTRIES:
         return []
@@ -288,7 +262,7 @@ def test_what_the_house_allows_is_not_complained_of(house, files):
 def test_what_git_ignores_does_not_belong_to_the_house(house):
     ignored = ("out/run/wide.py", "data/play/wide.py", "lib/__pycache__/wide.py", "x.tmp")
     write_files(house, dict.fromkeys(ignored, WIDE))
-    assert {str(path) for path in house_files(house)} == {*HOUSE, ".gitignore"}
+    assert {str(path) for path in repository_files(house)} == {*HOUSE, ".gitignore"}
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
@@ -296,4 +270,4 @@ def test_with_git_what_it_tracks_belongs_to_the_house(house):
     write_files(house, {"notes.py": WIDE})
     subprocess.run(["git", "init", "--quiet"], cwd=house, check=True)
     subprocess.run(["git", "add", *HOUSE], cwd=house, check=True)
-    assert {str(path) for path in house_files(house)} == set(HOUSE)
+    assert {str(path) for path in repository_files(house)} == set(HOUSE)
