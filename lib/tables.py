@@ -12,11 +12,13 @@ TABLES has the others.
 """
 import csv
 import re
+from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, stdev
 
 from data.files import atomic_open
+from lib import mmlu_table, results
 from lib.experiment_tables import (
     NOTHING,
     brief_table,
@@ -29,6 +31,7 @@ from lib.experiment_tables import (
 )
 from lib.measured import COLUMNS, read_results
 from lib.scores import select, values
+from lib.view import count_table
 
 ROOT = Path(__file__).resolve().parent.parent
 END = "<!-- end -->"
@@ -75,6 +78,11 @@ def measured(rows):
     return whole(found[0]) if found[0].isdigit() else found[0]
 
 
+def each(rows):
+    """Values as they are, those that are equal once."""
+    return " and ".join(dict.fromkeys(measured([row]) for row in rows))
+
+
 def speed(name):
     """Tokens a second: a line for each model, a column for each thing that all of them did."""
     rows = [row for row in load(name) if row["part"] != "data"]
@@ -104,6 +112,14 @@ def profile(size):
     return pivot(f"ms, {size}", rows, "part", "job", measured)
 
 
+def mmlu(name):
+    """A table for each kind of questions that eval_mmlu.py asked: what they are, then the runs."""
+    kinds = defaultdict(list)
+    for row in results.load(ROOT / name, mmlu_table.COLUMNS):
+        kinds[row["source"], row["shots"], row["cloze"]].append(row)
+    return "\n\n".join(map(mmlu_table.make_table, kinds.values()))
+
+
 def printed(name, first, last):
     """What a program printed, word for word: the first and the last lines of it."""
     lines = (ROOT / name).read_text(encoding="utf-8").rstrip().split("\n")
@@ -126,6 +142,9 @@ TABLES = {
     "speed-gpu-all": lambda: speed_all("results/speed_gpu.csv"),
     "profile-4x128": lambda: profile("4 x 128"),
     "profile-6x192": lambda: profile("6 x 192"),
+    "mmlu": lambda: mmlu("results/mmlu.csv"),
+    "nanogpt": lambda: pivot("", load("results/nanogpt.csv"), "program", "measure", each),
+    "look": lambda: count_table(load("results/look.csv")),
     "streaming": lambda: pivot("", load("results/streaming.csv"), "what", "measure", measured),
 }
 
@@ -183,8 +202,6 @@ OLD = {  # name: its file, and the table
     "ten-tasks": ("ten", lambda: by_task("results/ten.csv")),
     "ten-gpu-all": ("ten_gpu", lambda: accuracy_all("results/ten_gpu.csv")),
     "ten-gpu-tasks": ("ten_gpu", lambda: by_task("results/ten_gpu.csv")),
-    "shakespeare": ("shakespeare", lambda: pivot("", load("results/shakespeare.csv"), "model",
-                                                 "measure", measured)),
 }
 
 

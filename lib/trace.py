@@ -136,7 +136,7 @@ def effects(model, found, layer, token):
     s = token // c.block_size
     g_out, E_mem = bank.g_out[token].double(), bank.E_mem[token].double()
     added = g_out * E_mem
-    require(added.any(), f"token {token} reads nothing: the memory is empty in a first segment, and "
+    require(added.any(), f"token {token} reads nothing: memory is empty in the first segment, and "
             "before training")
     # g_out * E_mem is linear in the bank: each step from there back to its numbers
     of_E_mem = g_out * added / added.square().sum()                     # (D,)

@@ -8,7 +8,8 @@ import pytest
 from made_up import answered, figure
 from test_files import full_disk
 
-from lib import tables
+from data.mmlu import PROMPTS
+from lib import mmlu_table, results, tables
 from lib.experiment_tables import brief_table, difference_table, experiment_table, task_table
 from lib.measured import COLUMNS, write_results
 
@@ -183,6 +184,19 @@ def test_old_tables_stay_until_their_file_is_measured_anew(checkout):
     assert tables.rendered(page("qa1")) == page("qa1", experiment_table(rows_of_two()))
     with pytest.raises(ValueError, match="^there is no table qa1-all: use qa1, small, "):
         tables.rendered(page("qa1-all"))
+
+
+@pytest.mark.parametrize("changes", [{}, {"shots": 0}, {"cloze": True}, {"source": "x"}], ids=str)
+def test_mmlu_has_a_table_for_each_kind_of_questions(checkout, changes):
+    row = {"run": "a", "checkpoint_sha256": "1f", "dtype": "float32", "source": PROMPTS,
+           "subject": "anatomy", "questions_sha256": "2e", "shots": 5, "cloze": False, "n": 4,
+           "right": 3, "answers": "1101", "commit": "3d", "torch": "2.13.0", "device": "cpu"}
+    rows = [row, row | {"run": "b"}, row | changes | {"run": "c"}]
+    for each in rows:
+        results.add(checkout / "results/mmlu.csv", each, mmlu_table.COLUMNS)
+    made = tables.rendered(page("mmlu"))
+    assert made.count("| accuracy in % |") == (2 if changes else 1)
+    assert [*cells(made.split("\n\n4 questions of ")[0])] == [*("ab" if changes else "abc")]
 
 
 # --- Pages
