@@ -26,7 +26,7 @@ CONFIGS = {"train.py": "TrainConfig", "sample.py": "SampleConfig", "bench.py": "
            "eval_babilong.py": "EvalConfig", "compare.py": "CompareConfig",
            "pretrained.py": "PretrainedConfig", "eval_mmlu.py": "MMLUConfig",
            "look.py": "LookConfig", "docs.assignment": "AssignmentConfig",
-           "docs.grade": "GradeConfig"}
+           "docs.grade": "GradeConfig", "docs.figures": "FiguresConfig"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 each_page = pytest.mark.parametrize("page", PAGES)
 
