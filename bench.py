@@ -21,12 +21,9 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from data.babi import simulate
 from data.babilong import Haystack, encode_line, parse_list
@@ -177,8 +174,8 @@ def write_plot(path, rows):
     """A panel for each comparison: medians as bars, quartiles as whiskers."""
     comparisons = list(dict.fromkeys(row.what for row in rows))
     height = math.ceil(len(comparisons) / 3)
-    figure, axes = plt.subplots(height, 3, squeeze=False, figsize=(15, 2.2 * height),
-                                layout="constrained")
+    figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
+    axes = figure.subplots(height, 3, squeeze=False)
     for panel, what in zip(axes.flat, comparisons):
         compared = [row for row in rows if row.what == what]
         below = [row.tokens_per_s - row.quartile1 for row in compared]
@@ -191,7 +188,6 @@ def write_plot(path, rows):
         panel.remove()
     with atomic_open(path) as f:
         figure.savefig(f, dpi=120, format="png")
-    plt.close(figure)
 
 
 # --- The benchmarks

@@ -2,10 +2,7 @@
 import csv
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from data.files import atomic_open, read_utf8
 
@@ -70,7 +67,8 @@ def is_row(cells, n):
 
 def plot_losses(log, path):
     """loss.png: the loss of each step, and what was evaluated."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for column in log.columns:
         points = [(int(row["step"]), float(row[column])) for row in log.rows if row.get(column)]
         if column in ("step", "learning_rate", "length", "pairs") or not points:
@@ -84,4 +82,3 @@ def plot_losses(log, path):
     axes.legend()
     with atomic_open(path) as f:
         figure.savefig(f, dpi=120, format="png")
-    plt.close(figure)

@@ -14,10 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from data.babi import TASKS
 from data.babilong import parse_length
@@ -212,7 +209,8 @@ def markdown(tables):
 def plot(tables, path):
     """A picture of average accuracy over length, a curve for each name, with 95% intervals."""
     curves = list(dict.fromkeys(line.name for lines in tables.values() for line in lines))
-    figure, axes = plt.subplots(figsize=(7, 4 + 0.22 * len(curves)), layout="constrained")
+    figure = Figure(figsize=(7, 4 + 0.22 * len(curves)), layout="constrained")
+    axes = figure.subplots()
     for name in curves:
         points = [(x, line.average, line.interval or 0) for x, lines in enumerate(tables.values())
                   for line in lines if line.name == name]
@@ -224,4 +222,3 @@ def plot(tables, path):
     figure.legend(loc="outside lower left", fontsize="small")  # below the axes, hides no curve
     with atomic_open(path) as f:
         figure.savefig(f, dpi=120, format="png", bbox_inches="tight")
-    plt.close(figure)

@@ -203,13 +203,13 @@ def test_an_old_file_stays_whole_where_the_new_one_cannot_be_made(small, monkeyp
 @pytest.mark.parametrize("n", [1, 4])
 def test_plot_has_a_panel_for_each_comparison(tmp_path, monkeypatch, n):
     panels = []
-    savefig = bench.plt.Figure.savefig
+    savefig = bench.Figure.savefig
 
     def keep(figure, *args, **kwargs):
         panels.extend(figure.axes)
         savefig(figure, *args, **kwargs)
 
-    monkeypatch.setattr(bench.plt.Figure, "savefig", keep)
+    monkeypatch.setattr(bench.Figure, "savefig", keep)
     rows = []
     for i in range(n):
         jobs = {"a": lambda: 1.0, "b": lambda: 2.0}

@@ -778,8 +778,13 @@ def test_the_papers_rows_stand_beside_ours():
 
 def test_the_legend_hides_no_curve(tmp_path, monkeypatch):
     lines = [TableLine(f"a run with a long name {i}", {"qa1": 50}, 50, 10, 9) for i in range(12)]
-    figures = []
-    monkeypatch.setattr(results.plt, "close", figures.append)
+    figures, savefig = [], results.Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(results.Figure, "savefig", keep)
     plot({"0k": lines, "1k": lines[:3]}, tmp_path / "babilong.png")
     figure, = figures
     monkeypatch.undo()
@@ -790,7 +795,6 @@ def test_the_legend_hides_no_curve(tmp_path, monkeypatch):
     assert axes.get_window_extent().height > 200, "and leaves room for them"
     error_bars = [container for container in axes.containers if container.has_yerr]
     assert len(error_bars) == 12
-    results.plt.close(figure)
 
 
 def test_the_picture_is_replaced_by_a_whole_one_only(tmp_path, monkeypatch):
@@ -801,7 +805,7 @@ def test_the_picture_is_replaced_by_a_whole_one_only(tmp_path, monkeypatch):
         f.write(b"half a pict")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(results.plt.Figure, "savefig", savefig)
+    monkeypatch.setattr(results.Figure, "savefig", savefig)
     with pytest.raises(OSError):
         plot({"0k": [TableLine("x", {"qa1": 50}, 50, 10, 9)]}, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, is_one_line
+from conftest import REPO, TEXT, is_one_line
 from PIL import Image
 
 from data.tokenizer import make_tokenizer
@@ -121,6 +121,16 @@ def test_many_stories_are_counted(checkout, call):
 def test_bad_input_is_told_in_one_line(call, args, named):
     code, _, err = call("look.py", *args, "--device=cpu")
     assert is_one_line(code, err, named), err
+
+
+def test_what_is_imported_leaves_a_notebooks_pictures_alone(checkout):
+    """A program that picked its own way to draw would take a notebook's away."""
+    code, _, err = checkout.run("-c", "import matplotlib, bench, look; matplotlib.use('svg')\n"
+                                "import compare, eval_mmlu, train\n"
+                                "assert matplotlib.get_backend() == 'svg'")
+    assert code == 0, err
+    for path in [*REPO.glob("*.py"), *REPO.glob("lib/*.py")]:
+        assert "matplotlib.use" not in path.read_text(encoding="utf-8"), path
 
 
 # --- What is shown
