@@ -11,7 +11,6 @@ look.html; with --n_samples a count over as many stories, and look.csv. From Pyt
 
     from look import shares, trace    # lib/trace.py says what they give
 """
-import csv
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +20,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.babi import simulate
-from data.babilong import encode_text, join, parse_length, parse_tasks
+from data.babi import LABELS, simulate
+from data.babilong import encode_text, is_correct, parse_length, parse_tasks
 from data.files import atomic_open, read_utf8
 from data.tokenizer import prompt_ids
-from eval_babilong import ANSWER_TOKENS, EvalConfig, load_run
+from eval_babilong import EvalConfig, Run, answer_to, load_run
 from lib import checkpoint
 from lib.config import at_least, parse, user_errors
 from lib.device import pick_device
+from lib.measured import write_results
 from lib.origin import origin
 from lib.trace import contributions, read_weights, shares, token_shares, trace
 from lib.trace_figure import draw
@@ -73,20 +73,25 @@ class LookConfig:
 
 class Passage(NamedTuple):
     ids: list
-    marks: list    # Marks of a story, lib/view.py
-    question: str  # at its end, and the right answer; "" for a text
+    marks: list     # Marks of a story, lib/view.py
+    question: str   # at its end, and the right answer; "" for a text
     answer: str
+
+
+class Answer(NamedTuple):
+    """What a run says behind a Passage, up to its first full stop."""
+    text: str
+    correct: bool   # by BABILong's rule; False behind a text
 
 
 def hidden_story(run, task, length, seed):
     """A story of a task and one of its questions, hidden in text -> Passage"""
-    rng, tokens = random.Random(seed), parse_length(length)
+    rng = random.Random(seed)
     story = simulate(task, rng)
     asked = rng.choice([number for number, line in enumerate(story) if line.answer])
     told = [number for number, line in enumerate(story[:asked]) if not line.answer]
     pieces = [encode_text(story[number].text, run.tokenizer) for number in (*told, asked)]
-    ids, starts = (run.haystack.mix(pieces, tokens, np.random.default_rng(seed)) if tokens
-                   else join(pieces))
+    ids, starts = run.haystack.mix(pieces, parse_length(length), np.random.default_rng(seed))
     question = story[asked]
     kinds = ["support" if number in question.support else "fact" for number in told]
     marks = [Mark(start, start + len(piece), kind)
@@ -104,17 +109,19 @@ def given_text(tokenizer, config):
     return Passage(ids, [], "", "")
 
 
-def look_at(model, tokenizer, passage):
-    """Read a Passage -> its Trace, its View, and what the model says next. Raises ValueError."""
-    ids = torch.tensor(passage.ids, device=model.head.weight.device)
-    found = trace(model, ids)
-    generated = model.generate(ids[None], ANSWER_TOKENS, temperature=0)[0, len(ids):]
-    answer = tokenizer.decode(generated.tolist()).split(".")[0].strip()
-    title = f"... {tokenizer.decode(passage.ids[-20:])} -> {answer}"
+def look_at(run, passage, task):
+    """Read a Passage -> its Trace, its View, the run's Answer. Raises ValueError."""
+    ids = torch.tensor(passage.ids, device=run.model.head.weight.device)
+    found = trace(run.model, ids)
+    text, = answer_to(ids[None], run)
+    said = text.split(".")[0].strip()
+    title = f"... {run.tokenizer.decode(passage.ids[-20:])} -> {said}"
+    answer = Answer(said, False)
     if passage.question:
-        is_right = "right" if answer == passage.answer else f"wrong, it is {passage.answer}"
-        title = f"Asked: {passage.question} Answered: {answer} ({is_right})"
-    return found, make_view(model, tokenizer, found, passage.marks, title), answer
+        answer = Answer(said, is_correct(text, passage.answer, passage.question, LABELS[task]))
+        verdict = "right" if answer.correct else f"wrong, it is {passage.answer}"
+        title = f"Asked: {passage.question} Answered: {said} ({verdict})"
+    return found, make_view(run.model, run.tokenizer, found, passage.marks, title), answer
 
 
 # --- The program
@@ -141,54 +148,20 @@ def count(run, config):
     rows, about = [], origin(pick_device(config.device))
     for seed in tqdm(range(config.seed, config.seed + config.n_samples), leave=False):
         passage = hidden_story(run, config.task, config.length, seed)
-        _, view, answer = look_at(run.model, run.tokenizer, passage)
+        _, view, answer = look_at(run, passage, config.task)
         if not view.reads:
             raise ValueError(view.why)
         written = len(passage.ids) // view.block_size * view.block_size
         if all(mark.end < written for mark in passage.marks if mark.kind == "support"):
             rows.append({"task": config.task, "length": config.length, "seed": seed,
-                         "question": passage.question, "answer": answer, "right": passage.answer,
-                         "block": view.layer + 1, "share": f"{view.sources[0].share:.3f}",
+                         "question": passage.question, "right_answer": passage.answer,
+                         "answer": answer.text, "correct": "1" if answer.correct else "0",
+                         "block": str(view.layer + 1), "share": f"{view.sources[0].share:.3f}",
                          "source": kind_of(view), **about})
     if not rows:
         raise ValueError(f"length={config.length} is too short, memory has not yet written the "
                          "facts when it is asked: use a greater length")
     return rows
-
-
-def open_run(config):
-    """The model, its tokenizer, and a Run if it is to read stories. Raises ValueError, OSError."""
-    folder, device = config.runs[0], pick_device(config.device)
-    if config.text or config.start:
-        model, tokenizer, _ = checkpoint.load(folder, device)
-        return model, tokenizer, None
-    dataset = checkpoint.load_config(folder)["train"].get("dataset")
-    if dataset != "babilong":
-        raise ValueError(f"{folder} was trained on {dataset}, not on stories: give it --text or "
-                         "--start")
-    run = load_run(folder, EvalConfig(config.runs), device)
-    return run.model, run.tokenizer, run
-
-
-@user_errors(OSError)
-def main():
-    config, _ = parse(LookConfig, __doc__)
-    with user_errors():
-        model, tokenizer, run = open_run(config)
-        checkpoint.make_folder(config.out_dir)
-        if config.n_samples:
-            write_count(config, count(run, config))
-            return
-        passage = (hidden_story(run, config.task, config.length, config.seed) if run
-                   else given_text(tokenizer, config))
-        found, view, _ = look_at(model, tokenizer, passage)
-    print(f"{view.title}\n{view.subtitle}\n")
-    show(view)
-    png = draw(model, found, view)
-    for name, content in (("look.png", png), ("look.html", page(view, png).encode())):
-        with atomic_open(Path(config.out_dir) / name) as f:
-            f.write(content)
-        print(Path(config.out_dir) / name)
 
 
 def write_count(config, rows):
@@ -197,11 +170,42 @@ def write_count(config, rows):
     left_out = config.n_samples - len(rows)
     print(f"{left_out} of {config.n_samples} questions are left out: attention sees their fact")
     path = Path(config.out_dir) / "look.csv"
-    with atomic_open(path, "w", encoding="utf-8", newline="") as f:
-        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_results(path, rows, tuple(rows[0]))
     print(path)
+
+
+def open_run(config):
+    """The Run that reads; one that reads a text needs no haystack. Raises ValueError, OSError."""
+    folder, device = config.runs[0], pick_device(config.device)
+    if config.text or config.start:
+        model, tokenizer, _ = checkpoint.load(folder, device)
+        return Run(model, tokenizer, tokenizer, None, {})
+    dataset = checkpoint.load_config(folder)["train"].get("dataset")
+    if dataset != "babilong":
+        raise ValueError(f"{folder} was trained on {dataset}, not on stories: give it --text or "
+                         "--start")
+    return load_run(folder, EvalConfig(config.runs), device)
+
+
+@user_errors(OSError)
+def main():
+    config, _ = parse(LookConfig, __doc__)
+    with user_errors():
+        run = open_run(config)
+        checkpoint.make_folder(config.out_dir)
+        if config.n_samples:
+            write_count(config, count(run, config))
+            return
+        passage = (hidden_story(run, config.task, config.length, config.seed) if run.haystack
+                   else given_text(run.tokenizer, config))
+        found, view, _ = look_at(run, passage, config.task)
+    print(f"{view.title}\n{view.subtitle}\n")
+    show(view)
+    png = draw(run.model, found, view)
+    for name, content in (("look.png", png), ("look.html", page(view, png).encode())):
+        with atomic_open(Path(config.out_dir) / name) as f:
+            f.write(content)
+        print(Path(config.out_dir) / name)
 
 
 if __name__ == "__main__":

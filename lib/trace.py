@@ -174,10 +174,16 @@ def shares(model, found, layer, token):
 
 def token_shares(model, found, layer, token):
     """
-    The shares of the s * T tokens before the token's segment: each segment's, carried on by where
-    its slots looked. Raises as `contributions`.
+    The shares of the s * T tokens before the token's segment (s * T,). Raises as `contributions`.
     """
-    parts = contributions(model, found, layer, token)[1:]               # (s, N, D)
-    parts = parts.unflatten(-1, (model.config.n_head, -1)).sum(-1)      # (s, N, nh)
-    looked = found.banks[layer].looked[:len(parts)].double()
-    return torch.einsum("snh,snht->st", parts, looked).flatten()
+    return carried_on(found, layer, contributions(model, found, layer, token))
+
+
+def carried_on(found, layer, parts):
+    """
+    What `contributions` found of s segments, carried on to their tokens (s * T,): by where the
+    slots looked, head by head.
+    """
+    looked = found.banks[layer].looked[:len(parts) - 1].double()        # (s, N, nh, T)
+    by_head = parts[1:].unflatten(-1, (looked.size(2), -1)).sum(-1)     # (s, N, nh)
+    return torch.einsum("snh,snht->st", by_head, looked).flatten()

@@ -5,9 +5,11 @@ memory. lib/trace_figure.py draws it, lib/trace_page.py writes it as a page.
 from codecs import getincrementaldecoder
 from typing import NamedTuple
 
+import torch
+
 from lib.experiment_tables import markdown
 from lib.scores import select, values
-from lib.trace import effects, shares, token_shares
+from lib.trace import carried_on, contributions, effects
 from lm2 import require
 
 STILL = 0.01  # slots none of whose numbers moves so far are said never to change
@@ -25,11 +27,11 @@ class Mark(NamedTuple):
 
 class LastRead(NamedTuple):
     """What the last token read of a bank. The shares are those of lib/trace.py."""
-    size: float          # norm of g_out * E_mem
-    identity: float      # share of what the bank was at the start
-    segments: list       # share of each segment before the last token's
-    tokens: list         # and of each of their tokens, by where the slots looked
-    weights: object      # (N, D) how much each number of the bank counted, sum 1
+    size: float            # norm of g_out * E_mem
+    identity: float        # share of what the bank was at the start
+    segments: list         # share of each segment before the last token's
+    tokens: list           # and of each of their tokens, by where the slots looked
+    weights: torch.Tensor  # (N, D) how much each number of the bank counted, sum 1
 
 
 class Source(NamedTuple):
@@ -61,12 +63,12 @@ def words_of(tokenizer, ids):
 
 def last_read(model, found, layer):
     """The LastRead of a block's bank. Raises ValueError where there is none."""
-    identity, segments = shares(model, found, layer, -1)
+    parts = contributions(model, found, layer, -1)
+    identity, *segments = parts.sum((1, 2)).tolist()
     bank = found.banks[layer]
-    size = (bank.g_out[-1] * bank.E_mem[-1]).norm()
-    tokens = token_shares(model, found, layer, -1)
+    size = (bank.g_out[-1] * bank.E_mem[-1]).norm().item()
     weights = effects(model, found, layer, -1).abs()
-    return LastRead(size.item(), identity.item(), segments.tolist(), tokens.tolist(),
+    return LastRead(size, identity, segments, carried_on(found, layer, parts).tolist(),
                     weights / weights.sum())
 
 
@@ -81,12 +83,8 @@ def sources_of(read, words, T):
         before = "".join(words[max(0, start - BEFORE):start])[-BEFORE:]
         after = "".join(words[end:end + AFTER])[:AFTER]
         text = f"{before}[{''.join(words[start:end])}]{after}"
-        found.append(Source(share, segment, one_line(text)))
+        found.append(Source(share, segment, " ".join(text.split())))
     return sorted(found, key=lambda source: source.share, reverse=True)
-
-
-def one_line(text):
-    return " ".join(text.split())
 
 
 def make_view(model, tokenizer, found, marks, title):
@@ -107,7 +105,7 @@ def make_view(model, tokenizer, found, marks, title):
     sees = (f"Attention sees the last {T:,}, memory what came before."
             if model.config.attention == "window" else "Attention sees all of them.")
     return View(
-        one_line(title), f"{len(words):,} tokens in segments of {T:,}. {sees}",
+        " ".join(title.split()), f"{len(words):,} tokens in segments of {T:,}. {sees}",
         words, marks, T, reads, why, layer, sources, (moved < STILL).nonzero().flatten().tolist())
 
 
@@ -130,9 +128,9 @@ def count_table(rows):
     """How many right and wrong answers came mostly from what. rows: of look.csv -> Markdown"""
     lines = []
     for length in values(rows, "length"):
-        for name, is_right in (("right", True), ("wrong", False)):
+        for name, is_right in (("right", "1"), ("wrong", "0")):
             found = [row["source"] for row in select(rows, length=length)
-                     if (row["answer"] == row["right"]) == is_right]
+                     if row["correct"] == is_right]
             counts = [found.count(kind) for kind in KINDS]
             lines.append([length, name, *map(str, [len(found), *counts])])
     header = ["length", "answers", "questions", *(f"from {what}" for what in KINDS.values())]

@@ -103,7 +103,7 @@ def test_many_stories_are_counted(checkout, call):
     with open(checkout.folder / "out/stories/look.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert 0 < len(rows) <= 6 and {row["source"] for row in rows} <= {"support", "fact", "text"}
-    assert all(row["right"] and row["question"] for row in rows)
+    assert all(row["right_answer"] and row["question"] for row in rows)
 
 
 @pytest.mark.parametrize("args, named", [

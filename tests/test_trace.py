@@ -28,6 +28,14 @@ def make(**changes):
     return model, torch.randint(0, 50, (L,))
 
 
+def traced(kind):
+    """A model, the Trace of its text, and of each bank its layer, MemoryBank and BankTrace."""
+    model, ids = make(**kind)
+    found = trace(model, ids)
+    return model, found, [(layer, model.blocks[layer].memory, bank)
+                          for layer, bank in found.banks.items()]
+
+
 ALIGNED = {"mem_write": "aligned", "mem_slots": 8}
 
 
@@ -49,10 +57,8 @@ def test_what_is_noted_is_what_the_model_does(kind):
 
 @each_kind
 def test_a_read_is_the_sum_of_its_slots_by_their_weights(kind):
-    model, ids = make(**KINDS[kind])
-    found = trace(model, ids)
-    for layer, bank in found.banks.items():
-        memory = model.blocks[layer].memory
+    model, found, banks = traced(KINDS[kind])
+    for layer, memory, bank in banks:
         weights = read_weights(model, found, layer, slice(40, 45), S)
         _, values = memory.keys_values(bank.banks[S])
         E_mem = torch.einsum("lnh,nhd->lhd", weights, values).flatten(1)
@@ -61,9 +67,8 @@ def test_a_read_is_the_sum_of_its_slots_by_their_weights(kind):
 
 @each_kind
 def test_shares_sum_to_one(kind):
-    model, ids = make(**KINDS[kind])
-    found = trace(model, ids)
-    for layer in found.banks:
+    model, found, banks = traced(KINDS[kind])
+    for layer, _, _ in banks:
         for token in (8, 20, -1):
             identity, segments = shares(model, found, layer, token)
             assert len(segments) == range(L)[token] // 8
@@ -75,10 +80,8 @@ def test_shares_sum_to_one(kind):
 @each_kind
 def test_shares_are_finite_differences_of_the_read(kind):
     """Eq. 6 in a loop, one segment written a little more: what is then read, by Eq. 1 to 3?"""
-    model, ids = make(**KINDS[kind])
-    found = trace(model, ids)
-    for layer, bank in found.banks.items():
-        memory = model.blocks[layer].memory
+    model, found, banks = traced(KINDS[kind])
+    for layer, memory, bank in banks:
         weights = read_weights(model, found, layer, slice(L - 1, L), S)[0].double()
 
         def added(more):
