@@ -74,7 +74,8 @@ class BenchConfig:
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest text to read, and of the longest prompt
     nanogpt: str = ""             # folder of nanoGPT's model.py: a rival in training and generation
-    compile: bool = False         # torch.compile for training; without figures for peak memory
+    compile: bool = False         # torch.compile: all of training, without figures for peak memory,
+    #                               and of generation two more rivals
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     # measurements instead of these
     profile: bool = False         # the time of a training step and of a generation, by their parts
@@ -280,20 +281,26 @@ class Bench:
 
     @torch.no_grad()
     def generation(self):
-        """Token by token, batch 1, in float32 as sample.py does, and the time to the first one."""
-        for size, length in product(self.sizes, up_to(self.config.max_length, (64, 1024, 16384))):
-            idx = self.random_tokens(1, length)
+        """Token by token, in float32 as sample.py does, and the time to the first one."""
+        shapes = [(1, n) for n in up_to(self.config.max_length, (64, 1024, 16384))] + [(16, 64)]
+        for size, (rows, length) in product(self.sizes, shapes):
+            idx = self.random_tokens(rows, length)
             models = self.models(size, with_nanogpt=True)
             streams = {"vanilla, recomputed": partial(recompute, models["vanilla, window"])}
             for name, model in models.items():
                 is_ours = isinstance(model, LM2)
                 streams[name] = model.stream if is_ours else partial(recompute, model)
+            if self.config.compile:
+                torch.compiler.reset()
+                for name in ("vanilla, window", "LM2 attend"):
+                    streams[f"{name}, compiled"] = partial(models[name].stream, compiled=True)
             first_tokens = {name: [] for name in streams}  # seconds
             jobs = {name: self.generation_rate(stream, idx, first_tokens[name])
                     for name, stream in streams.items()}
-            what = f"generation, {name_of(size)}, after {length} tokens"
-            rows = take_turns("generation", what, jobs, self.config.repeats)
-            for name, row in rows.items():
+            at_once = f", {rows} at once" if rows > 1 else ""
+            what = f"generation, {name_of(size)}, after {length} tokens{at_once}"
+            found = take_turns("generation", what, jobs, self.config.repeats)
+            for name, row in found.items():
                 milliseconds = 1000 * median(first_tokens[name][1:])  # without the warm-up
                 self.add(row._replace(first_token_ms=milliseconds, dtype="float32"))
 
@@ -302,7 +309,7 @@ class Bench:
         def measure():
             tokens = stream(idx, 1 + N_NEW)
             first_tokens.append(timed(partial(next, tokens), self.device))
-            return N_NEW / timed(partial(list, tokens), self.device)
+            return len(idx) * N_NEW / timed(partial(list, tokens), self.device)
         return measure
 
     def reading(self):

@@ -94,31 +94,33 @@ class LM2Config:
                     f"{name}={value[name]} must be from {lowest} to {most}={value[most]}")
 
 
-class Tokens(NamedTuple):
-    """What the memory may write from: tokens as their block sees them."""
-    h: torch.Tensor       # (B, n, D) the block's normed inputs
-    keys: torch.Tensor    # (B, n, nkv, hs) of self-attention, not turned to their positions
-    values: torch.Tensor  # (B, n, nkv, hs)
-
-
 class BankState(NamedTuple):
     """The memory of one block."""
     M: torch.Tensor       # (B, N, D) the bank after the last whole segment, float32
     keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero before the first segment
     values: torch.Tensor  # (B, N, nh, hs)
-    unwritten: Tokens     # the pos % T tokens of the segment that is not whole yet
+    unwritten: tuple      # rings as in LayerState, the first pos % T tokens are to be written:
+    #                       h (B, T, D), keys (not turned) and values (B, T, nkv, hs)
 
 
 class LayerState(NamedTuple):
-    """What a block remembers. With attention="window" its size does not grow with the text."""
-    keys: torch.Tensor    # (B, P, nkv, hs) of the last P = min(pos, T - 1) tokens, turned to their
-    values: torch.Tensor  # (B, P, nkv, hs)  positions; with attention="full" of all tokens
+    """What a block remembers: rings of the last T tokens, that of position p at p % T. Their size
+    is fixed: what is not filled yet is zero. With attention="full": of all tokens, in order."""
+    keys: torch.Tensor    # (B, T, nkv, hs) of self-attention, turned to their positions
+    values: torch.Tensor  # (B, T, nkv, hs)
     bank: BankState | None  # None in a block without memory
 
 
 class State(NamedTuple):
     pos: int                  # tokens seen so far
     layers: list[LayerState]  # one per block
+
+
+def put(rings, xs, pos):
+    """Rings (B, T, ...), and where they go tokens (B, L, ...) from position pos on -> new rings"""
+    T, tokens = rings[0].size(1), torch.arange(xs[0].size(1), device=xs[0].device)
+    places = (pos + tokens[-T:]) % T
+    return [ring.index_copy(1, places, x[:, -T:].to(ring.dtype)) for ring, x in zip(rings, xs)]
 
 
 def wide(x):
@@ -136,7 +138,7 @@ def rope_angles(pos, length, config, device):
     turns = config.rope_context * frequencies / (2 * math.pi)
     slowed = ((4 - turns) / 3).clamp(0, 1)
     frequencies = frequencies * (1 - slowed * (1 - 1 / config.rope_factor))
-    angles = arange(pos, pos + length)[:, None, None] * frequencies     # (length, 1, hs / 2)
+    angles = (pos + arange(length))[:, None, None] * frequencies        # (length, 1, hs / 2)
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
     sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
     return cos.float().to(device), sin.float().to(device)
@@ -159,7 +161,7 @@ def attend(q, k, v, mask=None, causal=False):
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, heads, L, hs)
     with torch.autocast("cpu", enabled=False):  # stays float32: a CPU is slower in bfloat16
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           enable_gqa=q.size(1) != k.size(1))
+                                           enable_gqa=bool(q.size(1) != k.size(1)))
     return y.transpose(1, 2).flatten(2)
 
 
@@ -171,22 +173,13 @@ def causal_mask(n_queries, n_keys, window, device, first_key=0):
     return (j <= i) & (j > i - window) & (j >= first_key)
 
 
-def with_segment_before(x, T):
-    """Each segment together with the one before it. x (B, (n+1) * T, ...) -> (B * n, 2T, ...)"""
-    x = x.unflatten(1, (-1, T))                                         # (B, n+1, T, ...)
-    return torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1)
-
-
 def window_attention(q, k, v, T, pos=0, within_segment=False):
-    """Attention of each token to the last T tokens, its own included, by segments of queries.
-    q (B, L, nh, hs) from position pos on; k, v (B, P + L, nkv, hs), P < T of them from before;
-    within_segment, a bool or tensor (): attention ends at the segment's border
-    -> (B, L, nh * hs)"""
+    """Attention of each token to the last T, its own included, by segments of queries. q (B, L, nh,
+    hs) from position pos on; k, v (B, P + L, nkv, hs), P < T of them from before; within_segment,
+    a bool or tensor (): attention ends at the segment's border -> (B, L, nh * hs)"""
     L, past, begun = q.size(1), k.size(1) - q.size(1), pos % T
     n_first = min(T - begun, L)  # tokens up to the end of the first segment
-    mask = None
-    if n_first > 1 or within_segment is not False:  # one token alone sees all that is kept
-        mask = causal_mask(n_first, past + n_first, T, q.device, (past - begun) * within_segment)
+    mask = causal_mask(n_first, past + n_first, T, q.device, (past - begun) * within_segment)
     E = attend(q[:, :n_first], k[:, :past + n_first], v[:, :past + n_first], mask)
     if n_first == L:
         return E
@@ -194,8 +187,8 @@ def window_attention(q, k, v, T, pos=0, within_segment=False):
     n, start = math.ceil((L - n_first) / T), past + n_first - T   # where the one before begins
     pad = (0, 0, 0, 0, 0, n * T - (L - n_first))  # of dimension 1: F.pad counts from the last one
     q = F.pad(q[:, n_first:], pad).unflatten(1, (n, T)).flatten(0, 1)   # (B * n, T, nh, hs)
-    k = with_segment_before(F.pad(k[:, start:], pad), T)                # (B * n, 2T, nkv, hs)
-    v = with_segment_before(F.pad(v[:, start:], pad), T)
+    k, v = (F.pad(x[:, start:], pad).unflatten(1, (-1, T)) for x in (k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))
     mask = causal_mask(T, 2 * T, T, q.device, T * within_segment)
     others = attend(q, k, v, mask).unflatten(0, (-1, n)).flatten(1, 2)  # (B, n * T, nh * hs)
     return torch.cat((E, others[:, :L - n_first]), dim=1)
@@ -221,20 +214,22 @@ class Attention(nn.Module):
         queries, keys = rotate(qk, rope).split((c.n_head, c.kv_heads), dim=2)
         return queries, keys, values, qk[:, :, c.n_head:]
 
-    def forward(self, q, k, v, pos, past_k, past_v, within_segment=False):
-        """q, k, v as from `project`, of the tokens from position pos on; keys and values of the P
-        tokens before -> E_attn (B, L, D), and the keys and values to remember"""
-        c = self.config
-        if past_k.size(1):
-            k, v = torch.cat((past_k, k), dim=1), torch.cat((past_v, v), dim=1)
-        if c.attention == "window":
-            E = window_attention(q, k, v, c.block_size, pos, within_segment)
-            n_drop = max(0, k.size(1) - c.block_size + 1)  # the next token sees itself and T - 1
-        else:
-            fresh = q.size(1) == k.size(1)
-            mask = None if fresh else causal_mask(q.size(1), k.size(1), k.size(1), q.device)
-            E, n_drop = attend(q, k, v, mask, causal=fresh), 0
-        return self.wo(E), k[:, n_drop:], v[:, n_drop:]
+    def forward(self, q, k, v, pos, kept, within_segment=False):
+        """q, k, v as from `project`, of the tokens from position pos on, the keys and values that a
+        LayerState keeps -> E_attn (B, L, D), and the keys and values to keep"""
+        T, L = self.config.block_size, q.size(1)
+        if self.config.attention == "full":
+            k, v = (torch.cat(pair, dim=1) for pair in zip(kept, (k, v)))
+            mask = causal_mask(L, k.size(1), k.size(1), q.device) if pos else None
+            return self.wo(attend(q, k, v, mask, causal=not pos)), k, v
+        rings = put(kept, (k, v), pos)
+        if L == 1:  # it sees what the rings hold now
+            filled = torch.arange(T, device=q.device)[None] <= pos
+            return self.wo(attend(q, *rings, filled)), *rings
+        if pos:  # the last T - 1 tokens before these, the oldest first
+            k, v = (torch.cat((ring.roll(-(pos % T), 1)[:, -min(pos, T - 1):], x), dim=1)
+                    for ring, x in zip(kept, (k, v)))
+        return self.wo(window_attention(q, k, v, T, pos, within_segment)), *rings
 
 
 class MemoryBank(nn.Module):
@@ -257,9 +252,9 @@ class MemoryBank(nn.Module):
         c, like = self.config, self.norm.weight  # of its device and type
         M = torch.eye(c.mem_slots, c.n_embd, device=like.device, dtype=like.dtype)
         nothing = like.new_zeros(batch, c.mem_slots, c.n_head, c.head_dim)
-        no_keys = like.new_zeros(batch, 0, c.kv_heads, c.head_dim)
-        unwritten = Tokens(like.new_zeros(batch, 0, c.n_embd), no_keys, no_keys)
-        return BankState(M.expand(batch, -1, -1), nothing, nothing, unwritten)
+        ring = like.new_zeros(batch, c.block_size, c.kv_heads, c.head_dim)
+        rings = like.new_zeros(batch, c.block_size, c.n_embd), ring, ring
+        return BankState(M.expand(batch, -1, -1), nothing, nothing, rings)
 
     def keys_values(self, M):
         """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
@@ -307,10 +302,10 @@ class MemoryBank(nn.Module):
         """The bank after a segment."""
         return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6
 
-    def write_attend(self, segments, M, repeats=None):
-        """Write with any N up to D. segments: Tokens (B, S, T, ...), M (B, 1, N, D) -> the bank
+    def write_attend(self, keys, values, M, repeats=None):
+        """Write with any N up to D. keys and values as in `content`, M (B, 1, N, D) -> the bank
         after each segment (B, S, N, D). Content and gates do not see it: only Eq. 6 recurs."""
-        C = self.content(segments.keys, segments.values)
+        C = self.content(keys, values)
         g_in, g_forget = self.gates(C, C, repeats)
         banks = []
         for C_s, g_in_s, g_forget_s in zip(*(x.split(1, dim=1) for x in (C, g_in, g_forget))):
@@ -318,51 +313,48 @@ class MemoryBank(nn.Module):
             banks.append(M)
         return torch.cat(banks, dim=1)
 
-    def write_aligned(self, segments, M):
+    def write_aligned(self, h, M):
         """Write as the paper has it: slot i belongs to position i, so N = T, and writes what that
-        token reads (of the first segment: would read of the identity). As `write_attend` else."""
+        token reads (first of the identity). h (B, S, T, D) normed inputs; else as `write_attend`"""
         banks = []
-        for h in segments.h.split(1, dim=1):
-            keys, values = self.keys_values(M)
-            C = self.read(h, keys, values)
-            g_in, g_forget = self.gates(h, C)
+        for h_s in h.split(1, dim=1):
+            C = self.read(h_s, *self.keys_values(M))
+            g_in, g_forget = self.gates(h_s, C)
             M = self.update(M, C, g_in, g_forget)
             banks.append(M)
         return torch.cat(banks, dim=1)
 
-    def forward(self, h, keys, values, state, repeats=None):
+    def forward(self, h, keys, values, state, pos=0, repeats=None):
         """Read for each token, write each segment that ends here. h (B, L, D) normed inputs of the
-        block, keys (not turned) and values (B, L, nkv, hs) of self-attention, BankState, repeats
-        -> g_out * E_mem (B, L, D), the BankState after these tokens"""
-        T, L = self.config.block_size, h.size(1)
-        begun = state.unwritten.h.size(1)         # tokens of the first segment that came before
-        tokens = Tokens(h, keys, values)
-        if begun:
-            tokens = Tokens._make(torch.cat(pair, dim=1) for pair in zip(state.unwritten, tokens))
-        n_segments, n_whole = math.ceil((begun + L) / T), (begun + L) // T
-        end = n_whole * T
+        block, keys (not turned) and values (B, L, nkv, hs) of self-attention, of the tokens from
+        position pos on, BankState, repeats -> g_out * E_mem (B, L, D), the BankState after them"""
+        T, L, xs = self.config.block_size, h.size(1), (h, keys, values)
+        begun = pos % T                           # tokens of the first segment that came before
+        n_segments, n_whole = 1 if L == 1 else math.ceil((begun + L) / T), (begun + L) // T
         require(repeats is None or repeats.shape == (len(h), n_segments),
                 f"repeats must have the shape (B, S), here {(len(h), n_segments)}")
+        rings = put(state.unwritten, xs, pos)
+        if L == 1:
+            xs = rings
+        elif begun:
+            xs = [torch.cat((ring[:, :begun], x), 1) for ring, x in zip(state.unwritten, xs)]
         # write: the bank after each whole segment, and what the next segment reads of it
-        M, slot_keys, slot_values = state.M[:, None], state.keys[:, None], state.values[:, None]
+        last = state[:3]
+        M, slot_keys, slot_values = (x[:, None] for x in last)
         if n_whole:
-            segments = Tokens._make(x[:, :end].unflatten(1, (n_whole, T)) for x in tokens)
-            banks = (self.write_aligned(segments, M) if self.config.mem_write == "aligned"
-                     else self.write_attend(segments, M, repeats))      # (B, n_whole, N, D)
-            M = banks[:, -1:]
-            new_keys, new_values = self.keys_values(banks)
-            slot_keys = torch.cat((slot_keys, new_keys), dim=1)
-            slot_values = torch.cat((slot_values, new_values), dim=1)
+            xs = [x[:, :n_whole * T].unflatten(1, (n_whole, T)) for x in xs]
+            M = (self.write_aligned(xs[0], M) if self.config.mem_write == "aligned"
+                 else self.write_attend(*xs[1:], M, repeats))           # (B, n_whole, N, D)
+            new = M, *self.keys_values(M)
+            slot_keys = torch.cat((slot_keys, new[1]), dim=1)
+            slot_values = torch.cat((slot_values, new[2]), dim=1)
+            last = (x[:, -1].clone(memory_format=torch.contiguous_format) for x in new)
         # read: each token in its segment, all segments at once, each the bank of the one before
-        queries, skip = h, 0
-        if n_segments > 1:
-            queries, skip = F.pad(h, (0, 0, begun, n_segments * T - begun - L)), begun
-        queries = queries.unflatten(1, (n_segments, -1))                # (B, n_segments, T, D)
+        before, after = (begun, n_segments * T - begun - L) if n_segments > 1 else (0, 0)
+        queries = F.pad(h, (0, 0, before, after)).unflatten(1, (n_segments, -1))
         E_mem = self.read(queries, slot_keys[:, :n_segments], slot_values[:, :n_segments])
-        E_mem = E_mem.flatten(1, 2)[:, skip:skip + L]
-        unwritten = Tokens._make(x[:, end:] for x in tokens)
-        state = BankState(M[:, 0], slot_keys[:, -1], slot_values[:, -1], unwritten)
-        return self.output_gate(E_mem) * E_mem, state                   # Eq. 3
+        E_mem = E_mem.flatten(1, 2)[:, before:before + L]
+        return self.output_gate(E_mem) * E_mem, BankState(*last, rings)  # Eq. 3
 
 
 class MLP(nn.Module):
@@ -395,13 +387,13 @@ class Block(nn.Module):
         before them, within_segment as in `window_attention`, repeats -> x, the LayerState after"""
         h, bank = self.norm1(x), state.bank
         q, k, v, unturned = self.attention.project(h, rope)
-        E, kept_k, kept_v = self.attention(q, k, v, pos, state.keys, state.values, within_segment)
+        E, keys, values = self.attention(q, k, v, pos, state[:2], within_segment)
         if self.memory:
-            E_gated, bank = self.memory(h, unturned, v, bank, repeats)
+            E_gated, bank = self.memory(h, unturned, v, bank, pos, repeats)
             E = E + E_gated
         x = x + self.dropout(E)
         x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x, LayerState(kept_k, kept_v, bank)
+        return x, LayerState(keys, values, bank)
 
 
 class LM2(nn.Module):
@@ -446,9 +438,11 @@ class LM2(nn.Module):
 
     def initial_state(self, batch):
         """The State before the first token, for `batch` sequences."""
-        no_keys = self.head.weight.new_zeros(batch, 0, self.config.kv_heads, self.config.head_dim)
+        c = self.config
+        kept = c.block_size if c.attention == "window" else 0
+        ring = self.head.weight.new_zeros(batch, kept, c.kv_heads, c.head_dim)
         banks = [block.memory and block.memory.initial_state(batch) for block in self.blocks]
-        return State(0, [LayerState(no_keys, no_keys, bank) for bank in banks])
+        return State(0, [LayerState(ring, ring, bank) for bank in banks])
 
     def draw_window_dropout(self, device):
         """Besides dropout, all that training does and evaluation does not: in a share of batches
@@ -490,17 +484,23 @@ class LM2(nn.Module):
         return logits, loss, state
 
     @torch.inference_mode()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, compiled=False):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
         at O(T + N) with attention="window". temperature 0 is greedy; top_k keeps the k likeliest
-        tokens, top_p the likeliest that together reach probability p."""
-        state = None
+        tokens, top_p the likeliest that together reach probability p. compiled: it takes a while
+        once, and is then several times as fast. Raises ValueError."""
+        state, step = None, self.features
+        if compiled:
+            require(self.config.attention == "window" and self.config.memory != "rmt",
+                    "compiled=True needs attention=window, and not memory=rmt")
+            as_sums = {"decompose_mm_pass": {}}  # a token's matmuls: faster on a CPU
+            step = torch.compile(step, options={"post_grad_fusion_options": as_sums})
         for chunk in idx.split(16 * self.config.block_size, dim=1):  # a long prompt, in pieces
             x, state = self.features(chunk, state)
         for _ in range(max_new_tokens):
             token = draw_token(self.head(x[:, -1]).float(), temperature, top_k, top_p)
             yield token
-            x, state = self.features(token[:, None], state)
+            x, state = step(token[:, None], state)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """idx (B, L), L >= 1 -> idx and its continuation (B, L + max_new_tokens); see `stream`."""

@@ -7,6 +7,8 @@ Text from a run, written as it is made:
 Prompt and text may have any length: one token costs the same, whatever came before.
 """
 import codecs
+import sys
+import time
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,9 @@ from data.files import read_utf8
 from data.tokenizer import prompt_ids
 from lib import checkpoint
 from lib.config import at_least, parse, user_errors
-from lib.device import autocast, pick_device, pick_dtype
+from lib.device import autocast, pick_compile, pick_device, pick_dtype
+
+MANY = 20_000  # tokens, from which on compiling takes less time than it saves on a CPU
 
 
 @dataclass
@@ -33,6 +37,7 @@ class SampleConfig:
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:N or mps
     dtype: str = "float32"            # float32, bfloat16, or auto: the faster
+    compile: bool | None = None       # torch.compile; auto: on a GPU, or for many tokens
 
     def __post_init__(self):
         at_least(self, 0, "num_samples", "max_new_tokens", "temperature", "top_k", "seed")
@@ -50,6 +55,12 @@ def main():
         device = pick_device(config.device)
         context = autocast(pick_dtype(config.dtype, device), device)
         model, tokenizer, _ = checkpoint.load(config.out_dir, device)
+        compiled, n_tokens = config.compile, config.num_samples * config.max_new_tokens
+        if model.config.attention == "window" and model.config.memory != "rmt":
+            compiled = pick_compile(compiled, device, long=n_tokens >= MANY)
+        elif compiled:
+            raise ValueError(f"compile=True needs attention=window and not memory=rmt, which "
+                             f"{config.out_dir} has: leave it out")
         start = config.start
         if start.startswith("FILE:"):
             start = read_utf8(start.removeprefix("FILE:"))
@@ -65,11 +76,17 @@ def main():
         print(start, end="", flush=True)
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a token may end
         with context:                                                      # inside a character
+            started, times = time.perf_counter(), []
             for token in model.stream(prompt, config.max_new_tokens, config.temperature,
-                                      config.top_k, config.top_p):
+                                      config.top_k, config.top_p, compiled):
                 text = decoder.decode(tokenizer.decode_bytes(token.tolist()))
                 print(text, end="", flush=True)
+                times.append(time.perf_counter() - started)
         print(decoder.decode(b"", final=True))
+        if len(times) > 2:  # to compile takes its time at the second token
+            rate = (len(times) - 2) / (times[-1] - times[1])
+            print(f"the first token after {times[0]:.1f} s, the second after {times[1]:.1f} s, "
+                  f"then {rate:,.0f} tokens a second", file=sys.stderr)
 
 
 if __name__ == "__main__":

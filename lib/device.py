@@ -70,9 +70,12 @@ def memory_of(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def pick_compile(wanted, device):
-    """None: where it pays off, on a GPU, if it works -> True or False. Raises ValueError."""
-    if wanted is False or wanted is None and device.type != "cuda":
+def pick_compile(wanted, device, long=False):
+    """
+    None: where it pays off, on a GPU or for a long job, if it works -> True or False. Raises
+    ValueError.
+    """
+    if wanted is False or wanted is None and device.type != "cuda" and not long:
         return False
     if can_compile(device):
         return True
@@ -86,8 +89,7 @@ def can_compile(device):
     """Whether torch.compile works here: it needs a C++ compiler. Tries it."""
     try:
         torch.compile(lambda x: 2 * x + 1)(torch.ones(8, device=device))
+        torch.compiler.reset()
         return True
     except Exception:  # the compiler's errors are of many types
         return False
-    finally:
-        torch.compiler.reset()

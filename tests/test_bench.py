@@ -73,7 +73,8 @@ def test_peak_memory_is_that_of_a_new_process(small, monkeypatch):
 
 def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
     small.generation()
-    whats = [f"generation, 2 x 16, after {n} tokens" for n in (64, 1024)]
+    whats = [f"generation, 2 x 16, after {n}" for n in ("64 tokens", "1024 tokens",
+                                                        "64 tokens, 16 at once")]
     assert [row.what for row in small.rows[::6]] == whats
     assert [row.model for row in small.rows[:6]] == ["vanilla, recomputed", *rivals(SIZE)]
     assert all(row.tokens_per_s > 0 and row.first_token_ms > 0 for row in small.rows)
@@ -121,7 +122,7 @@ def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_p
     small.generation()
     assert [row.what for row in small.rows if row.model == "nanoGPT"] == [
         "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, after 64 tokens",
-        "generation, 2 x 16, after 1024 tokens"]
+        "generation, 2 x 16, after 1024 tokens", "generation, 2 x 16, after 64 tokens, 16 at once"]
     assert all(row.tokens_per_s > 0 for row in small.rows)
     small.profile()
     out = capsys.readouterr().out
@@ -182,7 +183,7 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     monkeypatch.setattr(small, "reading", fail)
     with pytest.raises(KeyboardInterrupt):
         small.run()
-    assert (tmp_path / "bench.csv").read_text().count("\ngeneration,") == 12
+    assert (tmp_path / "bench.csv").read_text().count("\ngeneration,") == 18
 
 
 def test_an_old_file_stays_whole_where_the_new_one_cannot_be_made(small, monkeypatch, tmp_path):

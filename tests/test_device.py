@@ -64,6 +64,13 @@ def test_compiling_is_for_gpus_unless_it_is_asked_for(wanted, device, works, pic
         assert pick_compile(wanted, device) is picked
 
 
+@pytest.mark.parametrize("wanted, works, picked", [(None, True, True), (None, False, False),
+                                                   (False, True, False)])
+def test_a_long_job_is_compiled_on_a_cpu_as_well(wanted, works, picked):
+    with patch("lib.device.can_compile", return_value=works):
+        assert pick_compile(wanted, CPU, long=True) is picked
+
+
 def test_compiling_that_is_asked_for_needs_a_compiler():
     with (patch("lib.device.can_compile", return_value=False),
           pytest.raises(ValueError, match="needs a C.. compiler.*g.. or clang.*--compile=False")):

@@ -115,9 +115,9 @@ def open_output_gate(bank, E_mem):
     return torch.ones_like(E_mem)
 
 
-def forward_without_a_state(bank, h, keys, values, state, repeats=None,
+def forward_without_a_state(bank, h, keys, values, state, *where,
                             forward=lm2.MemoryBank.forward):
-    return forward(bank, h, keys, values, state, repeats)[0], state
+    return forward(bank, h, keys, values, state, *where)[0], state
 
 
 @pytest.mark.parametrize("section, name, broken", [

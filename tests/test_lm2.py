@@ -1,5 +1,6 @@
 """The model: nothing leaks, chunks equal the whole, training and evaluation compute the same."""
 import copy
+import io
 import math
 from dataclasses import replace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from recall import recall_accuracy, train_recall
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from lib.checkpoint import make_model
@@ -164,6 +166,24 @@ def test_cached_generate_equals_recomputing(kwargs):
     assert torch.equal(fast, idx)
 
 
+@pytest.mark.parametrize("kwargs", [*WRITES, dict(memory="none", n_kv_head=1)], ids=str)
+def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):
+    model, idx, real = make_small(**kwargs), tokens(1, T + 3), torch.compile
+    torch.compiler.reset()
+    counters.clear()
+    expected = list(model.stream(idx, 5 * T, temperature=0))
+    monkeypatch.setattr(torch, "compile", lambda function, options: real(
+        function, backend="eager", fullgraph=True))  # what is compiled is traced, and runs as it is
+    assert list(model.stream(idx, 5 * T, temperature=0, compiled=True)) == expected
+    assert counters["stats"]["unique_graphs"] <= 3, "the first token, others, the last of a segment"
+
+
+@pytest.mark.parametrize("kwargs", [dict(attention="full"), dict(memory="rmt")], ids=str)
+def test_compiled_streaming_needs_a_state_of_fixed_size(kwargs):
+    with pytest.raises(ValueError, match="^compiled=True needs attention=window, and not memory=r"):
+        next(make_small(**kwargs).stream(tokens(1, 3), 3, compiled=True))
+
+
 def test_generate_from_no_tokens_says_what_is_wrong():
     for model in (make_small(), make_small(memory="rmt")):
         nothing = torch.zeros(1, 0, dtype=torch.long)
@@ -171,15 +191,30 @@ def test_generate_from_no_tokens_says_what_is_wrong():
             model.generate(nothing, 3)
 
 
-@pytest.mark.parametrize("chunk", [1, 2 * T])
+@pytest.mark.parametrize("kwargs", [*WRITES, dict(memory="none")], ids=str)
+@pytest.mark.parametrize("chunk", [1, 3, 2 * T])
 @torch.no_grad()
-def test_state_does_not_grow(chunk):
-    model, state, sizes = make_small(), None, []
-    for _ in range(6 * T):
+def test_the_shapes_of_a_state_are_fixed(kwargs, chunk):
+    model = make_small(**kwargs)
+    first = state = model.initial_state(1)
+    for _ in range(3 * T):
         _, _, state = model(tokens(1, chunk), state=state)
-        sizes.append(sum(x.numel() for x in tensors_of(state)))
-    assert sizes[T:2 * T] == sizes[2 * T:3 * T] == sizes[-T:]
-    assert chunk == 1 or len(set(sizes)) == 1, "whole segments leave the same behind"
+        assert [x.shape for x in tensors_of(state)] == [x.shape for x in tensors_of(first)]
+
+
+@torch.no_grad()
+def test_a_state_is_a_value():
+    model, idx = make_small(), tokens(1, 9 * T + 3)
+    _, _, state = model(idx)
+    kept = copy.deepcopy(state)
+    onward = in_chunks(model, idx, [1] * idx.size(1))[0]
+    for _ in range(T):
+        model(idx[:, :1], state=state)
+    torch.testing.assert_close(tensors_of(state), tensors_of(kept), rtol=0, atol=0)
+    torch.save(state, file := io.BytesIO())
+    n_bytes = sum(4 * x.numel() for x in tensors_of(state))
+    assert file.tell() < 1.1 * n_bytes + 10_000, "it keeps banks of segments that are long past"
+    torch.testing.assert_close(onward, model(idx)[0], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -357,10 +392,11 @@ def test_rotary_angles_are_exact_at_position_1000000():
 
 @torch.no_grad()
 def test_rotary_positions_are_relative():
-    model, idx = make_small(memory="none"), torch.randint(13, (1, T))
+    model, idx = make_small(memory="none", n_layer=1), torch.randint(13, (1, 2 * T))
     first = model(idx)[0]
-    state = model.initial_state(1)._replace(pos=1_000_000)
-    torch.testing.assert_close(model(idx, state=state)[0], first, rtol=1e-4, atol=1e-4)
+    state = model.initial_state(1)._replace(pos=1_000_000)  # its window is full of zeros
+    later = model(idx, state=state)[0]
+    torch.testing.assert_close(later[:, T:], first[:, T:], rtol=1e-4, atol=1e-4)
 
 
 def test_loss_counts_only_targets_that_are_not_minus_1():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.checkpoint import make_model
-from lm2 import LM2, BankState, LM2Config, MemoryBank, Tokens, norm_heads
+from lm2 import LM2, LM2Config, MemoryBank, norm_heads
 
 T, N, D, HEADS, SEGMENTS, BATCH = 6, 4, 16, 2, 3, 2
 ALIGNED = dict(mem_write="aligned", mem_slots=T)
@@ -90,9 +90,9 @@ def run(bank, h, k, v, M, repeats=None):
     """
     keys, values = bank.keys_values(M[:, None])
     k, v = k.unflatten(-1, (HEADS, -1)), v.unflatten(-1, (HEADS, -1))
-    nothing = Tokens(h[:, :0], k[:, :0], v[:, :0])
+    state = bank.initial_state(len(h))._replace(M=M, keys=keys[:, 0], values=values[:, 0])
     repeats = None if repeats is None else torch.from_numpy(repeats)
-    out, state = bank(h, k, v, BankState(M, keys[:, 0], values[:, 0], nothing), repeats)
+    out, state = bank(h, k, v, state, repeats=repeats)
     return out, state.M
 
 

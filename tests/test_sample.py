@@ -1,4 +1,5 @@
 """sample.py: text from a run; bad input and damaged runs are told in one line."""
+import re
 import shutil
 import signal
 
@@ -153,3 +154,15 @@ def test_a_console_that_lacks_a_character_shows_something_else(checkout):
                                   "--max_new_tokens=5", "--start=\u0416\u0443\u043a ",
                                   PYTHONIOENCODING="cp1252")
     assert code == 0 and out.startswith("??? "), err
+
+
+def test_how_fast_the_text_came_is_told_aside(call):
+    _, _, err = call("sample.py", "--out_dir=out/char", "--device=cpu", "--max_new_tokens=5")
+    assert re.fullmatch(r"the first token after \d+\.\d s, the second after \d+\.\d s, "
+                        r"then [\d,]+ tokens a second\n", err)
+
+
+def test_compiling_needs_a_state_of_fixed_size(checkout, call):
+    checkout.train("out/full", "--memory=none", "--attention=full", "--max_iters=1")
+    code, _, err = call("sample.py", "--out_dir=out/full", "--device=cpu", "--compile")
+    assert is_one_line(code, err, "compile=True needs attention=window")
