@@ -32,7 +32,7 @@ from data.files import atomic_open
 from data.text import get_batch, read_text
 from data.tokenizer import make_tokenizer
 from lib.config import at_least, parse, user_errors
-from lib.device import autocast, can_compile, pick_device, pick_dtype
+from lib.device import autocast, pick_compile, pick_device, pick_dtype
 from lib.measure import (
     Row,
     as_if_trained,
@@ -74,8 +74,7 @@ class BenchConfig:
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest text to read, and of the longest prompt
     nanogpt: str = ""             # folder of nanoGPT's model.py: a rival in training and generation
-    compile: bool = False         # torch.compile: all of training, without figures for peak memory,
-    #                               and of generation two more rivals
+    compile: bool = False         # torch.compile: no peak memory of training, and more generators
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     # measurements instead of these
     profile: bool = False         # the time of a training step and of a generation, by their parts
@@ -211,8 +210,7 @@ class Bench:
         check_writable(self.config)
         if self.config.nanogpt:
             nanogpt(self.config.nanogpt, LM2Config(VOCAB, n_layer=1, block_size=8))
-        if self.config.compile and not can_compile(self.device):
-            raise ValueError("compile=True needs a C++ compiler: install one, or leave it out")
+        pick_compile(self.config.compile, self.device)
         if "data" in self.config.benchmarks and not self.config.profile and not self.config.soak:
             open_haystack(self.config.corpus)
 
@@ -297,8 +295,7 @@ class Bench:
             first_tokens = {name: [] for name in streams}  # seconds
             jobs = {name: self.generation_rate(stream, idx, first_tokens[name])
                     for name, stream in streams.items()}
-            at_once = f", {rows} at once" if rows > 1 else ""
-            what = f"generation, {name_of(size)}, after {length} tokens{at_once}"
+            what = f"generation, {name_of(size)}, {rows} at once, after {length} tokens"
             found = take_turns("generation", what, jobs, self.config.repeats)
             for name, row in found.items():
                 milliseconds = 1000 * median(first_tokens[name][1:])  # without the warm-up

@@ -73,8 +73,8 @@ def test_peak_memory_is_that_of_a_new_process(small, monkeypatch):
 
 def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
     small.generation()
-    whats = [f"generation, 2 x 16, after {n}" for n in ("64 tokens", "1024 tokens",
-                                                        "64 tokens, 16 at once")]
+    whats = [f"generation, 2 x 16, {rows} at once, after {n} tokens"
+             for rows, n in ((1, 64), (1, 1024), (16, 64))]
     assert [row.what for row in small.rows[::6]] == whats
     assert [row.model for row in small.rows[:6]] == ["vanilla, recomputed", *rivals(SIZE)]
     assert all(row.tokens_per_s > 0 and row.first_token_ms > 0 for row in small.rows)
@@ -121,8 +121,9 @@ def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_p
     small.training()
     small.generation()
     assert [row.what for row in small.rows if row.model == "nanoGPT"] == [
-        "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, after 64 tokens",
-        "generation, 2 x 16, after 1024 tokens", "generation, 2 x 16, after 64 tokens, 16 at once"]
+        "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, 1 at once, after 64 tokens",
+        "generation, 2 x 16, 1 at once, after 1024 tokens",
+        "generation, 2 x 16, 16 at once, after 64 tokens"]
     assert all(row.tokens_per_s > 0 for row in small.rows)
     small.profile()
     out = capsys.readouterr().out
