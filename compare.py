@@ -350,7 +350,8 @@ def show(experiment, rows, results_dir):
     print(f"\n{experiment.title}\n\n{experiment_table(rows, current)}\n\n"
           f"{difference_table(rows, current)}")
     path = Path(results_dir) / f"{experiment.name}.png"
-    plot(rows, path, experiment.title)
+    log = measured.read_log(results_dir, experiment.name)
+    plot(rows, path, experiment.title, log, experiment.curve)
     print(f"\n{path.with_suffix('.csv')}, {path}")
 
 

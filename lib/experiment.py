@@ -68,6 +68,7 @@ class Experiment:
     ask: dict = field(default_factory=dict)    # {"0k,1k,4k": questions of each task}
     measure: list = field(default_factory=list)  # tokens_per_s, columns of log.csv at the best step
     until: dict = field(default_factory=dict)   # {column: figure}: minutes until it is reached
+    curve: str = ""        # one of measure: the picture shows it over the tokens of training
 
     def __post_init__(self):
         """Raises ValueError, one line that names what is wrong."""
@@ -96,6 +97,8 @@ class Experiment:
             raise ValueError("it measures nothing: give ask, measure or until")
         if self.ask or any(row.ask for row in self.row):
             parse_tasks(self.tasks)
+        if self.curve and self.curve not in self.measure:
+            raise ValueError(f"curve={self.curve!r} is not measured: put it into measure as well")
         for figure in self.until.values():
             if not isinstance(figure, (int, float)) or not math.isfinite(figure):
                 raise ValueError(f"until has the figure {figure!r}: use a number")

@@ -200,11 +200,10 @@ def task_table(rows, lengths=()):
         columns["all"] = tasks
     for name in values(rows, "row"):
         for length in known_lengths(rows, lengths):
-            own, cells = select(rows, row=name, length=length), []
+            found, cells = scores.task_means(select(rows, row=name, length=length)), []
             for wanted in columns.values():
-                some = [row for row in own if row["task"] in wanted]
-                asked = len(values(some, "task")) == len(wanted)
-                cells.append(whole(scores.accuracy(some).mean) if asked else NOTHING)
-            if own:
+                asked = found.keys() >= set(wanted)
+                cells.append(whole(mean(found[task] for task in wanted)) if asked else NOTHING)
+            if found:
                 lines.append([name, length, *cells])
     return markdown(["accuracy in %", "length", *columns], lines, left=2)

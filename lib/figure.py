@@ -1,6 +1,7 @@
 """
 The picture of an experiment: accuracy over the length of the text, a line for each row. Where
-losses alone were measured, or a single length, each seed is a dot beside its row's name.
+losses alone were measured, or a single length, each seed is a dot beside its row's name. A loss can
+be shown over the tokens of training instead; and accuracies of tasks as bars.
 
 1800 x 1000 pixels (dots: as high as they need), to be shown at half of that: sharp anywhere.
 """
@@ -12,7 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from PIL import Image
 
 from data.files import atomic_open
@@ -28,26 +29,35 @@ STYLE = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.colo
 WIDTH, DPI = 9, 200  # inches, pixels an inch
 
 
-def plot(rows, path, title):
+def plot(rows, path, title, log=(), curve=""):
     """
     Draw an experiment's rows, as lib/measured.py has them, into a PNG, which appears whole or not
-    at all. Raises ValueError where there are none, OSError.
+    at all. log, curve: the evaluations of its runs, and the column to show over tokens, if any.
+    Raises ValueError where there are no rows, OSError.
     """
     if not rows:
         raise ValueError(f"{path} cannot be drawn: nothing was measured yet")
-    rows = scores.by_run(rows)
+    named = scores.by_run(rows)
+    curves = curves_of(rows, named, log, curve)
     with matplotlib.rc_context(STYLE):
-        if len(scores.lengths_of(rows)) > 1:
-            figure = draw_accuracy(rows)
+        if curves:
+            figure = draw_curves(curves, curve)
+            each_seed = "band: worst to best"
+        elif len(scores.lengths_of(rows)) > 1:
+            figure = draw_accuracy(named)
             each_seed = "band: worst to best"
         else:
-            figure = draw_dots(rows)
+            figure = draw_dots(named)
             each_seed = "a dot for each seed"
-        height = figure.get_figheight()
-        style = {"x": 0.02, "va": "center"}
-        figure.text(y=1 - 0.28 / height, s=title, size=14, weight="bold", **style)
-        figure.text(y=1 - 0.56 / height, s=subtitle(rows, each_seed), size=9.5, color=PALE, **style)
-        png = png_of(figure)
+        write(figure, path, title, subtitle(named, each_seed))
+
+
+def write(figure, path, title, about):
+    """Put a title and a line about it above a figure, and all of it into a PNG. Raises OSError."""
+    height, style = figure.get_figheight(), {"x": 0.02, "va": "center"}
+    figure.text(y=1 - 0.28 / height, s=title, size=14, weight="bold", **style)
+    figure.text(y=1 - 0.56 / height, s=about, size=9.5, color=PALE, **style)
+    png = png_of(figure)
     with atomic_open(path) as f:
         f.write(png)
 
@@ -96,7 +106,16 @@ def clean(axes, grid):
     axes.tick_params(length=0)
 
 
-# --- Accuracy over length
+# --- Lines: accuracy over length, or what was evaluated over tokens
+
+def draw_line(axes, names, name, x, y, low, high):
+    """The line of one of several names, in a band from low to high."""
+    i = names.index(name)
+    dashes = DASHES[min(i // len(COLORS), len(DASHES) - 1)]
+    axes.fill_between(x, low, high, color=color_of(i), lw=0, alpha=min(0.12, 0.8 / len(names)))
+    axes.plot(x, y, color=color_of(i), ls=dashes, lw=2 if i else 3.2, marker="o",
+              ms=4.5 if i else 7, zorder=3 if i else 4, clip_on=False, label=name)
+
 
 def draw_accuracy(rows):
     """A line for each row, the mean of its seeds, in a band from the worst seed to the best."""
@@ -106,32 +125,62 @@ def draw_accuracy(rows):
              ylabel="accuracy in %", xticks=range(len(lengths)), xticklabels=lengths)
     clean(axes, "y")
     names = values([row for row in rows if row["length"]], "row")
-    for i, name in enumerate(names):
+    for name in names:
         cells = [select(rows, row=name, length=length) for length in lengths]
         x = [place for place, cell in enumerate(cells) if cell]
         found = [scores.accuracy(cell) for cell in cells if cell]
         y = [accuracy.mean for accuracy in found]
         low, high = ([extreme(a.seeds or [a.mean]) for a in found] for extreme in (min, max))
-        dashes = DASHES[min(i // len(COLORS), len(DASHES) - 1)]
-        axes.fill_between(x, low, high, color=color_of(i), lw=0, alpha=min(0.12, 0.8 / len(names)))
-        axes.plot(x, y, color=color_of(i), ls=dashes, lw=2 if i else 3.2, marker="o",
-                  ms=4.5 if i else 7, zorder=3 if i else 4, clip_on=False, label=name)
+        draw_line(axes, names, name, x, y, low, high)
         ends[name] = x[-1], y[-1]
-    put_names(axes, ends, len(lengths) - 1)
+    put_names(axes, ends, len(lengths) - 2)
     return figure
 
 
-def put_names(axes, ends, last):
+def curves_of(rows, named, log, column):
     """
-    Names at the ends of their lines, {name: (x, y)}, in the lines' colours. Those of lines that
-    reach about the last length stand in a column on the right, the others at the nearest place
-    where nothing is.
+    {name: {tokens: [figure of each seed]}} of a column of a log, without that of the first step.
+    named: the rows with the names that they have in tables.
     """
-    texts = {}
+    names = {(row["row"], row["seed"]): new["row"] for row, new in zip(rows, named)}
+    curves = {}
+    for line in log:
+        name, tokens = names.get((line["row"], line["seed"])), int(line.get("tokens") or 0)
+        if name and tokens and line.get(column):
+            curve = curves.setdefault(name, {})
+            curve.setdefault(tokens, []).append(float(line[column]))
+    return curves
+
+
+def draw_curves(curves, column):
+    """A line for each row over the tokens of training: the mean of its seeds, in their band."""
+    figure, ends = new_figure(5), {}
+    axes = figure.add_axes((0.075, 0.115, 0.7, 0.725))
+    for name, curve in curves.items():
+        x = sorted(curve)
+        y, low, high = ([some(curve[tokens]) for tokens in x] for some in (mean, min, max))
+        draw_line(axes, list(curves), name, x, y, low, high)
+        ends[name] = x[-1], y[-1]
+    last = max(x for x, _ in ends.values())
+    axes.set(xlim=(0, 1.01 * last), ylim=axes.get_ylim(), xlabel="tokens of training",
+             ylabel=column)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    clean(axes, "y")
+    put_names(axes, ends, 0.9 * last)
+    return figure
+
+
+def put_names(axes, ends, far):
+    """
+    Names at the ends of their lines, {name: (x, y)}, in the lines' colours. Those of lines that end
+    at x = far or behind stand in a column on the right, the others at the nearest place where
+    nothing is.
+    """
+    texts, last = {}, max(x for x, _ in ends.values())
     for i, name in enumerate(ends):
         weight = "normal" if i else "bold"
         texts[name] = axes.text(0, 0, name, color=color_of(i), weight=weight, va="center", zorder=6)
-    column = [name for name, (x, _) in ends.items() if x >= last - 1]
+    column = [name for name, (x, _) in ends.items() if x >= far]
     box = axes.get_window_extent()
     for size in np.arange(11, 5, -0.5):  # the column gets at most 40% of the picture
         for text in texts.values():
@@ -141,9 +190,11 @@ def put_names(axes, ends, last):
             break
     left, bottom, _, tall = axes.get_position().bounds
     axes.set_position((left, bottom, 1 - left - (width + 85) / (WIDTH * DPI), tall))
-    pixel = np.ptp(axes.get_xlim()) / axes.get_window_extent().width  # its width in lengths
-    gap = 1.1 * height * np.ptp(axes.get_ylim()) / box.height         # from name to name, in %
-    heights = spread([ends[name][1] for name in column], gap, low=-4, high=104)
+    pixel = np.ptp(axes.get_xlim()) / axes.get_window_extent().width  # its width in units of x
+    bottom, top = axes.get_ylim()
+    gap = 1.1 * height * (top - bottom) / box.height                  # from name to name
+    heights = spread([ends[name][1] for name in column], gap,
+                     low=bottom - 0.04 * (top - bottom), high=top + 0.01 * (top - bottom))
     for name, y in zip(column, heights):
         texts[name].set_position((last + 70 * pixel, y))
         lead(axes, name, ends[name], (last + 60 * pixel, y), 18 * pixel)
@@ -276,3 +327,30 @@ def draw_panel(axes, names, measure, found):
             number = f"{mean(known):.0f}" if mean(known) >= 10 else f"{mean(known):.3f}"
             axes.text(1.03, i, number, color=color_of(i), size=10, va="center",
                       weight="normal" if i else "bold", transform=axes.get_yaxis_transform())
+
+
+# --- Bars
+
+def plot_bars(bars, path, title, about):
+    """
+    Draw accuracies in %, {row: {group: accuracy}}, into a PNG. about: a line below the title.
+    Raises OSError.
+    """
+    with matplotlib.rc_context(STYLE):
+        write(draw_bars(bars), path, title, about)
+
+
+def draw_bars(bars):
+    """A bar for each row in each group, its number above it."""
+    figure, width = new_figure(4.5), 0.88 / len(bars)
+    axes = figure.add_axes((0.075, 0.13, 0.905, 0.63))
+    for i, (name, groups) in enumerate(bars.items()):
+        x = np.arange(len(groups)) + (i - (len(bars) - 1) / 2) * width
+        drawn = axes.bar(x, groups.values(), 0.92 * width, color=color_of(i), label=name)
+        axes.bar_label(drawn, fmt="%.0f", color=color_of(i), size=8.5, padding=1)
+    axes.set(ylim=(0, 103), ylabel="accuracy in %", xticks=range(len(groups)), xticklabels=groups)
+    axes.tick_params("x", labelsize=10.5)
+    clean(axes, "y")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.07), ncols=len(bars), frameon=False,
+                labelcolor="linecolor", handlelength=0.8, borderpad=0, borderaxespad=0)
+    return figure

@@ -44,6 +44,11 @@ def read_results(path, columns=COLUMNS):
     return rows
 
 
+def read_log(results_dir, name):
+    """The evaluations of an experiment's runs, dicts of text. Raises ValueError."""
+    return read_results(Path(results_dir) / f"{name}_log.csv", None)
+
+
 def write_results(path, rows, columns=COLUMNS):
     """Raises OSError; the file is then as it was."""
     with atomic_open(path, "w", encoding="utf-8", newline="") as f:
@@ -102,16 +107,18 @@ def save(experiment, row, seed, keys, folder, results_dir):
     was missing. Raises OSError, ValueError.
     """
     path = Path(results_dir) / f"{experiment.name}.csv"
-    log_path = path.with_name(f"{experiment.name}_log.csv")
     new = measured(experiment, row, seed, keys, folder)
     write_results(path, merged(experiment, read_results(path), new))
     if row.run_of:
         return
-    log = [{"row": row.name, "seed": str(seed), **line} for line in evaluations(folder)]
-    others = [line for line in read_results(log_path, None)
+    tokens, (_, last) = ex.planned_tokens(experiment, row), ex.steps(folder)
+    log = [{"row": row.name, "seed": str(seed), **line,
+            "tokens": tokens * int(line["step"]) // last} for line in evaluations(folder)]
+    others = [line for line in read_log(results_dir, experiment.name)
               if (line["row"], line["seed"]) != (row.name, str(seed))]
     columns = tuple(dict.fromkeys(name for line in [*others, *log] for name in line))
     names = [row.name for row in experiment.row] + [line["row"] for line in others]
+    log_path = path.with_name(f"{experiment.name}_log.csv")
     write_results(log_path, sorted(others + log, key=lambda line: (
         names.index(line["row"]), int(line["seed"]), int(line["step"]))), columns)
 

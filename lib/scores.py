@@ -145,6 +145,11 @@ def accuracy(rows):
     return Accuracy(100 * float(np.mean(means)), half, of_seeds)
 
 
+def task_means(rows):
+    """{task: mean over seeds, in %} of the rows of one name at one length. Raises ValueError."""
+    return {task: accuracy(select(rows, task=task)).mean for task in values(rows, "task")}
+
+
 def difference(rows, base):
     """
     The Estimate of the accuracy of rows minus that of base, each the rows of one name at the same

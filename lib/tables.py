@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from data.files import atomic_open
-from lib import mmlu_table, results
+from lib import mmlu_table, results, scores
 from lib.experiment_tables import (
     NOTHING,
     brief_table,
@@ -181,13 +181,22 @@ def accuracy_all(name):
     return markdown(["accuracy in %", *known, *lengths], lines)
 
 
+def old_task_means(rows):
+    """{model: {task: accuracy in %}} of the rows of one length, where tasks are known."""
+    rows = [row for row in rows if row["task"] != "all"]
+    return {model: {row["task"]: float(row["accuracy"]) for row in select(rows, model=model)}
+            for model in values(rows, "model")}
+
+
 def by_task(name):
     """Accuracy task by task, of the models whose tasks are known."""
     rows = [row for row in load(name) if row["task"] != "all"]
+    means = {length: old_task_means(select(rows, length=length))
+             for length in values(rows, "length")}
     lines = []
     for model in values(rows, "model"):
-        for length in values(rows, "length"):
-            found = [float(row["accuracy"]) for row in select(rows, model=model, length=length)]
+        for length in means:
+            found = list(means[length][model].values())
             lines.append([model, length, *map(whole, [*found, mean(found[:5]), mean(found)])])
     header = ["accuracy in %", "length", *values(rows, "task"), "qa1-qa5", "all"]
     return markdown(header, lines, left=2)
@@ -215,6 +224,15 @@ def experiments():
             if f.readline().startswith(",".join(COLUMNS[:4])):
                 found.append(path.stem)
     return found
+
+
+def task_means(name, length):
+    """{row: {task: accuracy in %, the mean over its seeds}} of results/NAME.csv at a length."""
+    path = ROOT / "results" / f"{name}.csv"
+    if name not in experiments():
+        return old_task_means(select(load(path), length=length))
+    rows = select(scores.by_run(read_results(path)), length=length)
+    return {row: scores.task_means(select(rows, row=row)) for row in values(rows, "row")}
 
 
 def table_of_experiment(name, kind="", lengths=""):

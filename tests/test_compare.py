@@ -153,6 +153,9 @@ def test_what_is_missing_is_trained_asked_and_recorded(lab, run):
     log = lab.results("mine_log.csv")
     assert [(row["row"], row["seed"], row["step"]) for row in log] == [
         (name, seed, step) for name in ("base", "wide") for seed in "12" for step in "01234"]
+    experiment = ex.load("mine.toml")
+    tokens = ex.planned_tokens(experiment, experiment.row[0])
+    assert [int(row["tokens"]) for row in log] == [step * tokens // 4 for step in range(5)] * 4
     assert (lab.folder / "results/mine.png").stat().st_size > 1000
 
 

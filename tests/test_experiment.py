@@ -103,6 +103,7 @@ change = [["lm2.py", "wide(C).tanh()", "wide(C).sigmoid()"]]
     (HEAD.replace('"4k" = 10', '"4k" = true') + ROWS, "ask has True questions of 4k"),
     (HEAD.replace('ask = { "1k,0k" = 20, "4k" = 10 }', 'until = { val_loss = "low" }') + ROWS,
      "until has the figure 'low'"),
+    ('curve = "val_loss"' + HEAD + ROWS, "curve='val_loss' is not measured"),
     ('name = "other"\n' + HEAD + ROWS, "name is not known"),
     (HEAD.replace('tasks = "qa1,qa6"', "") + ROWS, "tasks= lists nothing"),
 ])

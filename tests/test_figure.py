@@ -8,7 +8,9 @@ from made_up import answered, figure
 from PIL import Image
 from test_files import full_disk
 
-from lib.figure import draw_accuracy, draw_dots, plot, spread
+import lib.figure
+from lib.figure import curves_of, draw_accuracy, draw_bars, draw_curves, draw_dots, plot, spread
+from lib.scores import by_run
 
 LENGTHS = ["0k", "1k", "4k", "16k", "64k", "128k"]
 
@@ -121,6 +123,56 @@ def test_losses_are_shown_by_seed_and_mean():
     assert [text.get_text() for text in first.texts] == ["1.520", "1.520"]
     assert [len(line.get_xdata()) for line in second.lines] == [3, 1, 2]  # and no mean of two
     assert [text.get_text() for text in second.texts] == ["1.420"]
+
+
+def evaluated(name, seed, tokens, loss, **more):
+    """A line of results/NAME_log.csv."""
+    return {"row": name, "seed": str(seed), "tokens": str(tokens), "val_loss": str(loss)} | more
+
+
+def test_a_loss_over_tokens_is_the_mean_of_seeds_without_the_first_step():
+    rows = [figure(name, seed, "1.5") for name in ("LM2", "window") for seed in (1, 2)]
+    log = [evaluated(row["row"], row["seed"], tokens, loss + int(row["seed"]) / 4) for row in rows
+           for tokens, loss in ((0, 4), (1000, 2), (2000, 1))]
+    log += [evaluated("gone", 1, 1000, 9), evaluated("LM2", 1, 3000, ""),
+            {"row": "LM2", "seed": "1", "val_loss": "9"}]  # of before tokens were noted
+    curves = curves_of(rows, rows, log, "val_loss")
+    assert curves == {"LM2": {1000: [2.25, 2.5], 2000: [1.25, 1.5]}, "window": curves["LM2"]}
+    with matplotlib.rc_context({"font.size": 11}):
+        axes, = draw_curves(curves, "val_loss").axes
+    assert line_of(axes, "window").get_xydata().tolist() == [[1000, 2.375], [2000, 1.375]]
+    assert [text.get_text() for text in axes.texts] == ["LM2", "window"]
+    low, high = (text.get_window_extent() for text in reversed(axes.texts))
+    assert low.y1 <= high.y0, "names of equal lines stand one below the other"
+
+
+def test_curves_of_other_code_are_never_averaged():
+    rows = [figure("LM2", 1, "1.5", run="old"), figure("LM2", 2, "1.5", run="new")]
+    log = [evaluated("LM2", seed, 1000, seed) for seed in (1, 2)]
+    found = curves_of(rows, by_run(rows), log, "val_loss")
+    assert found == {"LM2 (as of 0123456)": {1000: [1.0]}, "LM2": {1000: [2.0]}}
+
+
+def test_a_picture_shows_the_curve_that_is_wanted_and_else_dots(tmp_path, monkeypatch):
+    rows, log = [figure("LM2", 1, "1.5")], [evaluated("LM2", 1, 1000, 2)]
+    drawn = []
+    for name in ("draw_curves", "draw_dots"):
+        own = getattr(lib.figure, name)
+        monkeypatch.setattr(lib.figure, name,
+                            lambda *args, name=name, own=own: drawn.append(name) or own(*args))
+    for args in ((), (log,), (log, "val_loss"), ([], "val_loss")):
+        plot(rows, tmp_path / "a.png", "A title", *args)
+    assert drawn == ["draw_dots", "draw_dots", "draw_curves", "draw_dots"]
+
+
+def test_bars_are_as_high_as_their_numbers_say():
+    axes, = drawn(draw_bars, {"LM2": {"one": 98.4, "two": 53}, "RMT": {"one": 70, "two": 0}})
+    assert [bar.get_height() for bar in axes.patches] == [98.4, 53, 70, 0]
+    assert [text.get_text() for text in axes.texts] == ["98", "53", "70", "0"]
+    left = [bar.get_x() for bar in axes.patches]
+    assert left[0] < left[2] < left[1] < left[3], "the rows stand side by side in each group"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["LM2", "RMT"]
 
 
 def pixels(path):

@@ -4,10 +4,12 @@ import re
 import numpy as np
 import pytest
 from conftest import REPO, is_one_line
+from made_up import answered
 from PIL import Image
 
 from docs import figures
 from lib import tables
+from lib.measured import write_results
 
 
 def call(monkeypatch, *args):
@@ -22,7 +24,7 @@ def pixels(path):
 
 def test_pictures_are_those_of_results(monkeypatch, tmp_path):
     call(monkeypatch, f"--out={tmp_path}")
-    assert {path.stem for path in tmp_path.iterdir()} == {*tables.experiments()}
+    assert {path.stem for path in tmp_path.iterdir()} == {*tables.experiments(), "capabilities"}
     for path in tmp_path.iterdir():
         drawn, kept = pixels(path), pixels(REPO / "results" / path.name)
         assert drawn.shape == kept.shape, f"call python -m docs.figures for {path.name}"
@@ -36,6 +38,22 @@ def test_each_picture_is_shown_on_a_page():
     shown = {path.split("/")[-1] for path in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text)}
     pictures = [*(REPO / "results").glob("*.png"), *(REPO / "docs").glob("*.png")]
     assert {path.name for path in pictures} == shown
+
+
+def test_capabilities_are_means_of_their_tasks(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    rows = [answered(name, seed, "1" * i + "0" * (10 - i), task=f"qa{i}", length=length)
+            for name in ("LM2", "RMT") for seed in (1, 2) for length in ("0k", "4k")
+            for i in range(1, 11)]
+    write_results(tmp_path / "results" / "ten.csv", rows)
+    seen = []
+    monkeypatch.setattr(figures, "plot_bars", lambda bars, *_: seen.append(bars))
+    figures.draw_capabilities(tmp_path / "a.png")
+    found, = seen
+    assert list(found) == ["LM2", "RMT"]
+    assert list(found["RMT"].values()) == pytest.approx([10, 25, 45, 70, 95])
+    tasks = [task for group in figures.CAPABILITIES.values() for task in group]
+    assert tasks == [f"qa{i}" for i in range(1, 11)]
 
 
 def test_what_is_no_folder_is_told_in_one_line(monkeypatch, tmp_path, capsys):

@@ -186,6 +186,17 @@ def test_old_tables_stay_until_their_file_is_measured_anew(checkout):
         tables.rendered(page("qa1-all"))
 
 
+def test_means_of_tasks_are_the_same_from_an_old_file_and_a_new_one(checkout):
+    path = checkout / "results" / "ten.csv"
+    path.write_text("experiment,model,parameters,minutes,seed,length,task,questions,accuracy\n"
+                    "ten,LM2,10,1,1,4k,qa1,4,75\nten,LM2,10,1,1,4k,qa2,4,50\n"
+                    "ten,LM2,10,1,1,0k,qa1,4,100\nten,RMT,10,1,1,4k,all,4,30\n")
+    old = tables.task_means("ten", "4k")
+    write_results(path, [answered("LM2", 1, "0111"), answered("LM2", 1, "0101", task="qa2"),
+                         answered("LM2", 1, "1111", length="0k")])
+    assert old == tables.task_means("ten", "4k") == {"LM2": {"qa1": 75, "qa2": 50}}
+
+
 @pytest.mark.parametrize("changes", [{}, {"shots": 0}, {"cloze": True}, {"source": "x"}], ids=str)
 def test_mmlu_has_a_table_for_each_kind_of_questions(checkout, changes):
     row = {"run": "a", "checkpoint_sha256": "1f", "dtype": "float32", "source": PROMPTS,
