@@ -4,12 +4,14 @@ The optimizers of a model: Muon for the hidden matrices, AdamW for everything el
 Muon is torch.optim.Muon with another arithmetic. PyTorch takes the matrices one by one, always in
 bfloat16, which a CPU without bfloat16 instructions multiplies up to ninety times slower than
 float32. Here matrices of one shape go through Newton-Schulz together, in float32, or under
-autocast in bfloat16, like every matmul.
+autocast in bfloat16, like every matmul. Several processes share the matrices out.
 """
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 def make_optimizers(model, learning_rate, adam_lr, weight_decay, momentum=0.9):
@@ -42,10 +44,26 @@ def orthogonalize(G, coefficients, steps, eps):
     return X.mT if G.size(1) > G.size(2) else X
 
 
+def orthogonalize_together(G, *schedule):
+    """
+    orthogonalize(G, *schedule), of which each process computes a part and gathers the others', so
+    that all have the same to the bit. All processes must call this together, with the same shape.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return orthogonalize(G, *schedule)
+    parts = G.tensor_split(dist.get_world_size())  # the first is the longest, others may be empty
+    X = orthogonalize(parts[dist.get_rank()], *schedule)
+    padding = len(parts[0]) - len(X)  # all_gather takes one size from all
+    X = F.pad(X, (0, 0, 0, 0, 0, padding)).contiguous()
+    gathered = [torch.empty_like(X) for _ in parts]
+    dist.all_gather(gathered, X)
+    return torch.cat([X[:len(part)] for X, part in zip(gathered, parts)])
+
+
 class Muon(torch.optim.Muon):
     """
     torch.optim.Muon as it is by default: Nesterov's momentum, and a tall matrix moves
-    sqrt(rows / columns) times as far. Its state is the same, too.
+    sqrt(rows / columns) times as far. Its state is the same, too, in each of several processes.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -61,8 +79,8 @@ class Muon(torch.optim.Muon):
                     same_shape[p.shape].append(p)
             for (rows, columns), params in same_shape.items():
                 directions = torch.stack([self.direction(p, group["momentum"]) for p in params])
-                directions = orthogonalize(directions, group["ns_coefficients"],
-                                           group["ns_steps"], group["eps"])
+                directions = orthogonalize_together(directions, group["ns_coefficients"],
+                                                    group["ns_steps"], group["eps"])
                 for p, direction in zip(params, directions):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(direction, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
