@@ -251,10 +251,10 @@ class MemoryBank(nn.Module):
         keys and values of zero stand for it until the first segment is written."""
         c, like = self.config, self.norm.weight  # of its device and type
         M = torch.eye(c.mem_slots, c.n_embd, device=like.device, dtype=like.dtype)
-        nothing = like.new_zeros(batch, c.mem_slots, c.n_head, c.head_dim)
-        ring = like.new_zeros(batch, c.block_size, c.kv_heads, c.head_dim)
-        rings = like.new_zeros(batch, c.block_size, c.n_embd), ring, ring
-        return BankState(M.expand(batch, -1, -1), nothing, nothing, rings)
+        zeros = partial(like.new_zeros, batch)
+        nothing = (zeros(c.mem_slots, c.n_head, c.head_dim) for _ in range(2))
+        rings = (zeros(c.block_size, c.kv_heads, c.head_dim) for _ in range(2))
+        return BankState(M.repeat(batch, 1, 1), *nothing, (zeros(c.block_size, c.n_embd), *rings))
 
     def keys_values(self, M):
         """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
