@@ -113,8 +113,8 @@ def rivals(size):
     T = size["block_size"]
     rival = partial(LM2Config, VOCAB, mem_slots=T // 4, **size)
     return {
-        "vanilla, window": rival(memory="none"),
-        "vanilla, full": rival(memory="none", attention="full"),
+        "window": rival(memory="none"),
+        "full attention": rival(memory="none", attention="full"),
         "RMT": rival(memory="rmt"),
         "LM2 attend": rival(mem_write="attend"),
         "LM2 aligned": rival(mem_write="aligned", mem_slots=T),
@@ -284,18 +284,18 @@ class Bench:
         for size, (rows, length) in product(self.sizes, shapes):
             idx = self.random_tokens(rows, length)
             models = self.models(size, with_nanogpt=True)
-            streams = {"vanilla, recomputed": partial(recompute, models["vanilla, window"])}
+            streams = {"window, recomputed": partial(recompute, models["window"])}
             for name, model in models.items():
                 is_ours = isinstance(model, LM2)
                 streams[name] = model.stream if is_ours else partial(recompute, model)
             if self.config.compile:
                 torch.compiler.reset()
-                for name in ("vanilla, window", "LM2 attend"):
+                for name in ("window", "LM2 attend"):
                     streams[f"{name}, compiled"] = partial(models[name].stream, compiled=True)
             first_tokens = {name: [] for name in streams}  # seconds
             jobs = {name: self.generation_rate(stream, idx, first_tokens[name])
                     for name, stream in streams.items()}
-            what = f"generation, {name_of(size)}, {rows} at once, after {length} tokens"
+            what = f"generation, {name_of(size)}, {rows} at once, after {length:,} tokens"
             found = take_turns("generation", what, jobs, self.config.repeats)
             for name, row in found.items():
                 milliseconds = 1000 * median(first_tokens[name][1:])  # without the warm-up
@@ -317,7 +317,7 @@ class Bench:
             peaks = self.peak_memory(reading, size, idx.shape)
             jobs = {name: self.rate(reading(model, self.context, idx), length)
                     for name, model in self.models(size).items()}
-            what = f"reading {length} tokens"
+            what = f"reading {length:,} tokens"
             rows = take_turns("reading", what, jobs, self.config.repeats)
             for name, row in rows.items():
                 self.add(row._replace(peak_memory_mib=peaks[name], dtype=self.dtype))
@@ -355,7 +355,7 @@ class Bench:
             models = self.models(size, with_nanogpt=True)
             generator = as_if_trained(rivals(size)["LM2 attend"], self.device)
             jobs = {name: self.step_with_data(models[name], idx)
-                    for name in ("vanilla, window", "RMT", "LM2 attend")}
+                    for name in ("window", "RMT", "LM2 attend")}
             jobs[f"{N_NEW} tokens of LM2"] = lambda: list(generator.stream(idx[:1, :1], N_NEW))
             if "nanoGPT" in models:  # as many tokens, a segment at a time
                 segments = idx.view(-1, size["block_size"])

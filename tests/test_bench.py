@@ -17,8 +17,8 @@ def test_rivals_share_a_size_and_differ_in_memory_alone():
     kinds = {name: (c.memory, c.attention, c.mem_write, c.mem_slots)
              for name, c in configs.items()}
     assert kinds == {
-        "vanilla, window": ("none", "window", "attend", 2),
-        "vanilla, full": ("none", "full", "attend", 2),
+        "window": ("none", "window", "attend", 2),
+        "full attention": ("none", "full", "attend", 2),
         "RMT": ("rmt", "window", "attend", 2),
         "LM2 attend": ("lm2", "window", "attend", 2),
         "LM2 aligned": ("lm2", "window", "aligned", 8),
@@ -47,7 +47,7 @@ def test_training_and_reading_are_measured_for_each_rival(small, without_peak_me
     small.training()
     small.reading()
     training = [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)]
-    assert [row.what for row in small.rows[::5]] == [*training, "reading 1024 tokens"]
+    assert [row.what for row in small.rows[::5]] == [*training, "reading 1,024 tokens"]
     assert [row.model for row in small.rows] == 4 * list(rivals(SIZE))
     assert all(row.tokens_per_s > 0 and row.peak_memory_mib == 1 for row in small.rows)
     assert all(row.mfu_percent > 0 for row in small.rows if row.part == "training")
@@ -73,10 +73,10 @@ def test_peak_memory_is_that_of_a_new_process(small, monkeypatch):
 
 def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
     small.generation()
-    whats = [f"generation, 2 x 16, {rows} at once, after {n} tokens"
+    whats = [f"generation, 2 x 16, {rows} at once, after {n:,} tokens"
              for rows, n in ((1, 64), (1, 1024), (16, 64))]
     assert [row.what for row in small.rows[::6]] == whats
-    assert [row.model for row in small.rows[:6]] == ["vanilla, recomputed", *rivals(SIZE)]
+    assert [row.model for row in small.rows[:6]] == ["window, recomputed", *rivals(SIZE)]
     assert all(row.tokens_per_s > 0 and row.first_token_ms > 0 for row in small.rows)
     assert {row.dtype for row in small.rows} == {"float32"}  # whatever --dtype says
 
@@ -122,7 +122,7 @@ def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_p
     small.generation()
     assert [row.what for row in small.rows if row.model == "nanoGPT"] == [
         "training, 2 x 16, 1 segments of 8", "generation, 2 x 16, 1 at once, after 64 tokens",
-        "generation, 2 x 16, 1 at once, after 1024 tokens",
+        "generation, 2 x 16, 1 at once, after 1,024 tokens",
         "generation, 2 x 16, 16 at once, after 64 tokens"]
     assert all(row.tokens_per_s > 0 for row in small.rows)
     small.profile()
@@ -136,7 +136,7 @@ def test_profile_names_the_parts_of_the_block_and_the_floor(small, capsys):
     lines = capsys.readouterr().out.strip().splitlines()
     head, _, *rows = [line.strip("| ").split(" | ") for line in lines]
     rows = {name: [float(ms) for ms in columns] for name, *columns in rows}
-    assert head == ["ms, 2 x 16", "vanilla, window", "RMT", "LM2 attend", "4 tokens of LM2"]
+    assert head == ["ms, 2 x 16", "window", "RMT", "LM2 attend", "4 tokens of LM2"]
     assert rows.keys() == {
         "queries, keys, values", "attention", "read", "output gate", "write", "gates", "MLP",
         "data", "optimizer", "rest", "all of it", "its matmuls at the matmul peak"}
