@@ -42,7 +42,7 @@ from data.babilong import (
 )
 from data.files import sha256_of
 from data.text import read_text, split
-from data.tokenizer import GPT2Tokenizer, check_text
+from data.tokenizer import GPT2Tokenizer, check_text, encode_inside
 from lib import checkpoint, results
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
@@ -141,9 +141,10 @@ def sha256_of_questions(asked):
 
 def retrieve(ids, question, k, tokenizer):
     """RAG: from a context with its question only the nearest k sentences, and the question."""
-    context = tokenizer.decode(ids.tolist()).removesuffix(f" {question.text}")
+    context = tokenizer.decode(ids.tolist()).removesuffix(question.text)
     nearest = nearest_sentences(split_sentences(context), question.text, k)
-    return np.array(tokenizer.encode("".join(f" {text}" for text in (*nearest, question.text))))
+    text = "".join(f" {sentence}" for sentence in (*nearest, question.text))
+    return np.array(encode_inside(tokenizer, text))
 
 
 def prompts(config, length, asked, run):
@@ -155,7 +156,7 @@ def prompts(config, length, asked, run):
         if run.counter is not run.tokenizer:
             in_bytes = run.counter.decode_bytes(ids.tolist())
             text = in_bytes.decode(errors="ignore")  # its first letter may be cut in half
-            ids = np.array(run.tokenizer.encode(text), dtype=np.int32)
+            ids = np.array(encode_inside(run.tokenizer, text), dtype=np.int32)
         yield retrieve(ids, question, config.rag, run.tokenizer) if config.rag else ids
 
 
@@ -229,7 +230,8 @@ def answer_to(ids, run):
     """ids (B, L) -> what the run writes behind each row, greedily, to its first full stop."""
     texts = [""] * len(ids)
     for tokens in run.model.stream(ids, ANSWER_TOKENS, temperature=0):
-        pieces = [run.tokenizer.decode([token]) for token in tokens.tolist()]
+        pieces = [run.tokenizer.decode_bytes([token]).decode(errors="replace")
+                  for token in tokens.tolist()]
         texts = [text if "." in text else text + piece for text, piece in zip(texts, pieces)]
         if all("." in text for text in texts):
             break

@@ -115,7 +115,7 @@ def look_at(run, passage, task):
     found = trace(run.model, ids)
     text, = answer_to(ids[None], run)
     said = text.split(".")[0].strip()
-    title = f"... {run.tokenizer.decode(passage.ids[-20:])} -> {said}"
+    title = f"...{run.tokenizer.decode(passage.ids[-20:])[-40:]} -> {said}"
     answer = Answer(said, False)
     if passage.question:
         answer = Answer(said, is_correct(text, passage.answer, passage.question, LABELS[task]))

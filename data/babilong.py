@@ -20,6 +20,7 @@ import numpy as np
 
 from data.babi import TASKS
 from data.files import read_utf8
+from data.tokenizer import encode_inside
 
 LONGEST = 100_000_000  # tokens of a length; a text of more would not fit into memory
 
@@ -210,7 +211,7 @@ class Haystack:
         The sentences of a text, tokenized once, each with a space in front. Raises ValueError where
         there is none, or a character that the tokenizer lacks.
         """
-        encoded = [tokenizer.encode(" " + sentence) for sentence in split_sentences(text)]
+        encoded = [encode_inside(tokenizer, " " + sentence) for sentence in split_sentences(text)]
         if not encoded:
             raise ValueError("the text to hide facts in has no sentence: give it some text")
         self.ids = np.concatenate(encoded).astype(np.int32)
@@ -250,7 +251,7 @@ class Haystack:
 
 @lru_cache(1 << 16)  # sentences of the simulator are finite in number
 def encode_text(text, tokenizer):
-    return np.array(tokenizer.encode(" " + text), dtype=np.int32)
+    return np.array(encode_inside(tokenizer, " " + text), dtype=np.int32)
 
 
 def encode_line(line, tokenizer):

@@ -236,7 +236,8 @@ class Stories:
         ids = hide_question(question, 0, self.val, self.tokenizer, rng)
         prompt = torch.tensor(ids.astype(np.int64), device=device)[None]
         written = model.generate(prompt, 8, temperature=0)[0, prompt.size(1):]
-        answer, _, _ = self.tokenizer.decode(written.tolist()).partition(".")
+        said = self.tokenizer.decode_bytes(written.tolist()).decode(errors="replace")
+        answer, _, _ = said.partition(".")
         facts = " ".join(question.context)
         return f"{facts} {question.text}{answer}. (right: {question.answer})"
 

@@ -266,7 +266,8 @@ class Text:
     def example(self, model, device):
         """Text that the model writes."""
         prompt = torch.tensor([prompt_ids(self.tokenizer, "")], device=device)
-        return self.tokenizer.decode(model.generate(prompt, 500, temperature=0.8)[0].tolist())
+        written = model.generate(prompt, 500, temperature=0.8)[0, len(self.tokenizer.begin):]
+        return self.tokenizer.decode(written.tolist())
 
 
 def check_length(text, length):

@@ -8,7 +8,8 @@ Text to token ids and back, four ways behind one interface:
 
 A tokenizer has `kind`, `n_vocab`, `encode(text) -> list[int]`, `decode(ids) -> str`,
 `decode_bytes(ids) -> bytes` (UTF-8, maybe ending inside a character), `begin`, the ids that stand
-before a prompt, and `to_json() -> dict`, which `from_json` reads.
+before a prompt, `prefix`, the space that `encode` puts before a text and `decode` takes away again
+(SentencePiece's; "" for others), and `to_json() -> dict`, which `from_json` reads.
 """
 import json
 import re
@@ -23,7 +24,7 @@ LONG_SPACE = re.compile(rf"(?<!\s)\s{{{SPACES},}}")
 
 
 class CharTokenizer:
-    kind, begin = "char", ()
+    kind, begin, prefix = "char", (), ""
 
     def __init__(self, chars):
         """chars: string of the known characters; the index of a character is its id."""
@@ -51,7 +52,7 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    kind, begin = "bpe", ()
+    kind, begin, prefix = "bpe", (), ""
 
     def __init__(self, pattern, tokens):
         """
@@ -122,6 +123,7 @@ class HFTokenizer:
         self.n_vocab = max(n_vocab, self.tokenizer.get_vocab_size())
         self.bytes = dict(bytes_of_tokens(description))
         self.begin = begin_of(self.tokenizer)
+        self.prefix = " " if self.decode_bytes(self.encode("a")).startswith(b" ") else ""
 
     def encode(self, text, special=False):
         """
@@ -249,6 +251,14 @@ def prompt_ids(tokenizer, text, special=False):
         return tokenizer.encode("\n")
     except ValueError:
         return [0]
+
+
+def encode_inside(tokenizer, text):
+    """
+    The ids of a text that begins with a space, as they stand inside a longer one: where the
+    tokenizer puts a space before a text, it is that one. Raises ValueError as `encode`.
+    """
+    return tokenizer.encode(text.removeprefix(tokenizer.prefix))
 
 
 def is_char_vocabulary(chars):

@@ -137,7 +137,7 @@ def effects(model, found, layer, token):
     g_out, E_mem = bank.g_out[token].double(), bank.E_mem[token].double()
     added = g_out * E_mem
     require(added.any(), f"token {token} reads nothing: memory is empty in the first segment, and "
-            "before training")
+            "gives nothing before it is trained")
     # g_out * E_mem is linear in the bank: each step from there back to its numbers
     of_E_mem = g_out * added / added.square().sum()                     # (D,)
     reads = read_weights(model, found, layer, slice(token, token + 1), s)[0].double()

@@ -2,6 +2,8 @@
 The picture of look.py: which segments an answer comes from, what each block writes and keeps, which
 slots the last tokens ask, and what a bank holds.
 """
+import warnings
+
 import matplotlib
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
@@ -11,19 +13,23 @@ from lib.figure import COLORS, PALE, STYLE, clean, new_figure, png_of
 from lib.trace import read_weights
 
 HEIGHT = 9.6                          # inches
+TITLE = 72                            # characters of a title in full size; longer ones are smaller
 LEFT, MIDDLE = 0.085, 0.57            # where axes begin, as shares of the width
 SUPPORT, FACT = COLORS[6], "#9A9A9A"  # facts that the answer rests on, and the others
 BLUES = LinearSegmentedColormap.from_list("blues", ["#FFFFFF", COLORS[0]])
 LABELS = 3                            # places in the text that are named beside their shares
 LEAST = 0.1                           # share that is named
 TOKENS_SHOWN = 16                     # of the last ones, in the picture of their reads
+BLOCKS_NAMED = 5                      # beside their gates, for more there is no room
 
 
 def draw(model, found, view):
     """The View (lib/view.py) of a Trace -> the bytes of a PNG."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a text may be in any script
         figure = new_figure(HEIGHT)
-        put(figure, 0.97, view.title, size=14, weight="bold")
+        size = 14 * TITLE / max(TITLE, len(view.title))
+        put(figure, 0.97, view.title, size=size, weight="bold")
         put(figure, 0.945, view.subtitle, size=9.5, color=PALE)
         draw_shares(figure, view)
         over = "mean over what the last token reads" if view.reads else "mean over the bank"
@@ -75,6 +81,7 @@ def draw_shares(figure, view):
     axes.set_xlabel("segment", size=9, labelpad=1)
     if not view.reads:
         axes.text(0.5, 0.5, view.why, transform=axes.transAxes, ha="center", color=PALE)
+        axes.set_yticks([])
         return
     shares = 100 * np.asarray(view.reads[view.layer].segments)
     axes.bar(range(len(shares)), shares, color=COLORS[0], width=0.8)
@@ -99,16 +106,17 @@ def draw_shares(figure, view):
 def draw_gates(figure, bottom, view, gates, title):
     """gates: {layer: (S, N, D)}, each number of a bank weighted as the last token reads it."""
     axes = segments_axes(figure, bottom, 0.075, view, title)
-    rows = []
+    rows, layers = [], list(gates)
     for layer, gate in gates.items():
         read = view.reads.get(layer)
         rows.append((gate * read.weights).sum((1, 2)) if read else gate.mean((1, 2)))
     axes.imshow(np.stack(rows), aspect="auto", cmap=BLUES, vmin=0, vmax=1, interpolation="nearest")
-    axes.set_yticks(range(len(rows)), [f"block {layer + 1}" for layer in gates])
+    named = range(0, len(rows), -(-len(rows) // BLOCKS_NAMED))
+    axes.set_yticks(named, [f"block {layers[i] + 1}" for i in named])
     right = axes.twinx()
     right.set_ylim(axes.get_ylim())
     right.tick_params(length=0, labelsize=8, labelcolor=PALE)
-    right.set_yticks(range(len(rows)), [f"{row.min():.2f} to {row.max():.2f}" for row in rows])
+    right.set_yticks(named, [f"{rows[i].min():.2f} to {rows[i].max():.2f}" for i in named])
 
 
 # --- Who reads what

@@ -4,14 +4,18 @@ import re
 
 import numpy as np
 import pytest
+import tiktoken
 from babi_solver import solve
 from test_babi import asked, simulated
+from test_gguf_tokenizer import sentencepiece_metadata, tokenizer_of
+from test_tokenizer import TINY, stand_in_for_gpt2
 
 from data.babi import LABELS, TASKS, Line
 from data.babilong import (
     Haystack,
     Question,
     encode_line,
+    encode_text,
     find_file,
     hide_question,
     is_correct,
@@ -22,7 +26,7 @@ from data.babilong import (
     read_babilong,
     split_sentences,
 )
-from data.tokenizer import make_tokenizer
+from data.tokenizer import GPT2Tokenizer, HFTokenizer, make_tokenizer
 
 DEEDS = ("slept", "sang", "said: nothing", "rode")
 TEXT = " ".join(f"In year {i} the old king {DEEDS[i % 4]}{'!' if i % 9 == 0 else '.'}"
@@ -336,6 +340,67 @@ def test_one_question_is_asked_at_the_end(length, bpe, haystack):
                 assert len(ids) == length
             else:
                 assert text == "".join(f" {s}" for s in (*question.context, question.text))
+
+
+# --- Tokenizers, of which some put a space before a text
+
+KEPT = ("char", "bpe", "gpt2", "hf")  # these do not: results/ were measured with them
+SPACED = {  # how SentencePiece's is written in a GGUF file, and in the folders of two models
+    "gguf": {},
+    "tinyllama": {"normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]}},
+    "metaspace": {"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}},
+}
+
+
+def sentencepiece(kind):
+    """SentencePiece's tokenizer, as a GGUF file or the folder of a model has it."""
+    found = tokenizer_of(sentencepiece_metadata())
+    if kind == "gguf":
+        return found
+    model = json.dumps(found.description["model"], separators=(",", ":")).replace(" ", "\u2581")
+    spaces = {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}
+    decoders = [spaces, *found.description["decoder"]["decoders"]]
+    return HFTokenizer(found.description | SPACED[kind] | {
+        "model": json.loads(model), "decoder": {"type": "Sequence", "decoders": decoders}})
+
+
+@pytest.fixture
+def tokenizer(request, bpe, monkeypatch):
+    """A tokenizer of each kind, by its name."""
+    kind = request.param
+    if kind in SPACED:
+        return sentencepiece(kind)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: stand_in_for_gpt2())
+    char = TEXT + "".join(line.text for task in TASKS for line in simulated(task)[0])
+    return {"char": lambda: make_tokenizer("char", char, 0), "bpe": lambda: bpe,
+            "gpt2": GPT2Tokenizer,
+            "hf": lambda: HFTokenizer(json.loads((TINY / "tokenizer.json").read_text()))}[kind]()
+
+
+@pytest.mark.parametrize("tokenizer", [*KEPT, *SPACED], indirect=True)
+@pytest.mark.parametrize("length", [0, 600])
+def test_a_prompt_is_the_text_that_a_person_would_write(tokenizer, length):
+    rng, haystack = np.random.default_rng(0), Haystack(TEXT, tokenizer)
+    for story in simulated("qa1")[:10]:
+        question = questions_of(story)[-1]
+        ids = hide_question(question, length, haystack, tokenizer, rng).tolist()
+        text = tokenizer.decode(ids)
+        assert " ".join(split_sentences(text)) == text.removeprefix(" "), "single spaces"
+        hidden = [*question.context, question.text]
+        assert [s for s in split_sentences(text) if s in hidden] == hidden
+        if not length:
+            assert text.removeprefix(" ") == " ".join(hidden) and ids == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("tokenizer", KEPT, indirect=True)
+def test_of_other_tokenizers_each_sentence_has_the_ids_of_a_space_and_itself(tokenizer):
+    expected = [tokenizer.encode(" " + sentence) for sentence in split_sentences(TEXT)]
+    assert Haystack(TEXT, tokenizer).ids.tolist() == sum(expected, [])
+    for line in simulated("qa1")[0]:
+        assert encode_text(line.text, tokenizer).tolist() == tokenizer.encode(" " + line.text)
 
 
 def test_a_question_that_the_tokenizer_cannot_read_is_refused():

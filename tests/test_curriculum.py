@@ -11,6 +11,7 @@ from babi_figures import RECORDED
 from babi_solver import solve, template
 from conftest import SMALL, TEXT
 from test_babilong import TEXT as KINGS
+from test_gguf_tokenizer import sentencepiece_metadata, tokenizer_of
 
 from baselines.rmt import RMT
 from data import curriculum, text
@@ -286,6 +287,15 @@ def test_report_names_length_loss_and_accuracies(stories):
     assert data.report(row) == f"256 tokens: {figures}"
     data.progress = [1, 0]
     assert data.report(row) == f"2,000 tokens that count as 128,000: {figures}"
+
+
+def test_an_example_has_a_space_before_its_answer_with_any_tokenizer(bpe):
+    for tokenizer, said in ((bpe, " office. Mary"),
+                            (tokenizer_of(sentencepiece_metadata()), "office. Mary")):
+        said = torch.tensor([tokenizer.encode(said)])
+        model = SimpleNamespace(generate=lambda ids, *_, said=said, **__: torch.cat((ids, said), 1))
+        data = Stories(["qa1"], [(0, 0)], None, None, tokenizer, {})
+        assert "? office. (right: " in data.example(model, "cpu")
 
 
 # --- Opening

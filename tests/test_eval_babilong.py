@@ -8,12 +8,14 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
 from conftest import SMALL, TEXT, is_one_line
+from test_gguf_tokenizer import sentencepiece_metadata, tokenizer_of
 
 import eval_babilong
 from data import files
@@ -69,7 +71,7 @@ def scribe(answer):
 
 class BytePairs:
     """In GPT-2's place: a token is two bytes of a word, and may end inside a character."""
-    kind = "gpt2"
+    kind, prefix = "gpt2", ""
 
     def __init__(self):
         self.tokens = []
@@ -158,6 +160,15 @@ def write_record(folder, **changes):
 
 
 # --- Questions and answers
+
+def test_an_answer_keeps_its_spaces_with_any_tokenizer():
+    spaced = tokenizer_of(sentencepiece_metadata())
+    for tokenizer, text in ((TOKENIZER, " in the garden."), (spaced, "in the garden.")):
+        ids = torch.tensor(tokenizer.encode(text))[:, None]
+        model = SimpleNamespace(stream=lambda *_, temperature, ids=ids: ids)
+        run = Run(model, tokenizer, tokenizer, None, {})
+        assert answer_to(torch.zeros(1, 1), run) == [" in the garden."]
+
 
 def test_answers_end_at_the_first_full_stop():
     run = scribe(lambda text: "milk,football" if "football" in text else "nothing")
@@ -254,6 +265,18 @@ def test_under_one_count_runs_of_any_tokenizer_read_the_same():
     tokenizers = TOKENIZER, make_tokenizer("bpe", TEXT, 300)
     texts = [read_by(Run(None, tokenizer, counter, haystack, {})) for tokenizer in tokenizers]
     assert texts[0] == texts[1]
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_reads_the_same():
+    spaced, counter = tokenizer_of(sentencepiece_metadata()), BytePairs()
+    haystack = Haystack(TEXT, counter)
+    for changes in ({}, {"rag": 1}):
+        read, expected = (read_by(Run(None, tokenizer, counter, haystack, {}), **changes)[1]
+                          for tokenizer in (spaced, TOKENIZER))
+        assert read == [text.removeprefix(" ") for text in expected]
+    question = Question((), "Where is Mary?", "garden")
+    ids = np.array(spaced.encode(question.text))
+    assert spaced.decode(retrieve(ids, question, 3, spaced).tolist()) == question.text
 
 
 def test_a_character_that_the_count_cuts_in_half_is_left_out():

@@ -11,6 +11,8 @@ from conftest import REPO, TEXT, is_one_line
 from PIL import Image
 
 from data.tokenizer import make_tokenizer
+from lib import trace_figure
+from lib.figure import png_of
 from lib.trace import trace
 from lib.trace_page import page
 from lib.view import LastRead, Mark, View, kind_of, make_view, sources_of, words_of
@@ -176,6 +178,35 @@ def test_slots_that_never_change_are_named():
     tokenizer = make_tokenizer("bpe", TEXT, 300)
     found = trace(model, torch.tensor(tokenizer.encode(TEXT)[:40]))
     assert make_view(model, tokenizer, found, [], "").still == [2]
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+@pytest.mark.parametrize("is_read", [True, False])
+def test_the_picture_of_many_blocks_and_a_long_title_can_be_read(monkeypatch, is_read):
+    """As of a pretrained model, which has a bank in each of 30 blocks, and writes at length."""
+    figures = []
+    monkeypatch.setattr(trace_figure, "png_of",
+                        lambda figure: figures.append(figure) or png_of(figure))
+    model = LM2(LM2Config(vocab_size=300, block_size=8, n_layer=30, n_head=2, n_embd=16,
+                          mem_slots=4)).eval()
+    if is_read:
+        memory_is_read(model)
+    else:
+        for block in model.blocks:
+            block.memory.w_v.weight.data.zero_()
+    tokenizer = make_tokenizer("bpe", TEXT, 300)
+    found = trace(model, torch.tensor(tokenizer.encode("\u65e5\u672c " * 9)))
+    view = make_view(model, tokenizer, found, [], "what the model says " * 7)
+    trace_figure.draw(model, found, view)
+    assert bool(view.reads) == is_read and ("before it is trained" in view.why) != is_read
+    figure, = figures
+    title, = [text for text in figure.texts if text.get_text() == view.title]
+    assert title.get_window_extent().x1 < figure.bbox.x1
+    for axes in figure.axes:
+        labels = [label.get_window_extent() for label in axes.get_yticklabels()
+                  if label.get_text().startswith(("block", "0."))]
+        assert len(labels) != 1 and not any(
+            a.overlaps(b) for a, b in zip(labels, labels[1:])), "labels cover each other"
 
 
 class Tags(HTMLParser):

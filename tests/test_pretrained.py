@@ -100,6 +100,23 @@ def test_stories_are_learned_with_its_tokenizer(call, checkout, run):
     assert code == 0, err
 
 
+def test_what_its_memory_does_is_seen_once_it_is_trained(call, checkout, run):
+    (checkout.folder / "some.txt").write_text("The vorpal blade went snicker-snack. " * 9)
+    for name, said in (("tiny", "gives nothing before it is trained"),
+                       ("seen", "What the last token read of the memory, in block ")):
+        if name == "seen":
+            code, _, err = call("train.py", "--dataset=play.txt", "--init_from=out/tiny",
+                                "--freeze=decoder", "--max_iters=3", "--n_segments=2",
+                                "--batch_size=1", "--eval_iters=1", "--out_dir=out/seen",
+                                "--device=cpu", "--dtype=float32")
+            assert code == 0, err
+        code, out, err = call("look.py", f"out/{name}", "--text=some.txt", "--device=cpu")
+        assert code == 0 and said in out, err
+        assert (checkout.folder / "out" / name / "look.png").exists()
+    code, _, err = call("look.py", "out/tiny", "--task=qa1", "--length=1k")
+    assert is_one_line(code, err, "not on stories", "--text or --start")
+
+
 def test_the_papers_preset_begins_with_a_run_of_its_llama(run, tmp_path):
     """What a preset says of computing, and not of the shape, is no reason to refuse weights."""
     shape = checkpoint.load(run, "cpu")[0].config

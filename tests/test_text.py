@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from test_files import full_disk
+from test_tokenizer import with_beginning
 
 from data import download, shakespeare, text
 from data.shakespeare import strip_markdown
-from data.text import check_length, get_batch, open_text, read_text, spread_batches
-from data.tokenizer import make_tokenizer
+from data.text import Text, check_length, get_batch, open_text, read_text, spread_batches
+from data.tokenizer import HFTokenizer, make_tokenizer
 
 TEXT = "".join(f"Line {i} of a small text.\n" for i in range(400))
 BORDER = int(0.9 * len(TEXT))
@@ -354,6 +355,13 @@ def test_stream_of_an_evaluation_is_bounded(file, monkeypatch):
     monkeypatch.setattr(text, "STREAM_TOKENS", 300)
     batches = list(open_text(str(file)).evaluation_batches(CONFIG))
     assert sum(batch.x.numel() for batch in batches if batch.column == "stream_loss") == 300
+
+
+def test_an_example_does_not_show_the_token_that_a_pretrained_models_texts_begin_with():
+    tokenizer = HFTokenizer(with_beginning("<|im_start|>", 1))
+    said = torch.tensor([tokenizer.encode("To be")])
+    model = SimpleNamespace(generate=lambda ids, *_, **__: torch.cat((ids, said), dim=1))
+    assert Text(None, None, tokenizer, {}).example(model, "cpu") == "To be"
 
 
 def test_text_has_no_curriculum(file):
