@@ -133,7 +133,7 @@ def test_damaged_run_is_refused_in_one_line(checkout, call, copy, name, damage):
 
 def test_nobody_needs_to_read_to_the_end(checkout):
     process = checkout.start("sample.py", "--out_dir=out/char", "--device=cpu",
-                             "--max_new_tokens=1000000", "--start=The ")
+                             "--max_new_tokens=1000000", "--compile=False", "--start=The ")
     process.stdout.read(50)
     process.stdout.close()  # as head -1 does
     assert process.stderr.read() == ""
@@ -142,7 +142,7 @@ def test_nobody_needs_to_read_to_the_end(checkout):
 
 def test_ctrl_c_ends_without_a_traceback(checkout):
     process = checkout.start("sample.py", "--out_dir=out/char", "--device=cpu",
-                             "--max_new_tokens=1000000", "--start=The ")
+                             "--max_new_tokens=1000000", "--compile=False", "--start=The ")
     assert process.stdout.read(20).startswith("The ")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
