@@ -95,29 +95,29 @@ class LM2Config:
 
 
 class BankState(NamedTuple):
-    """The memory of one block."""
-    M: torch.Tensor       # (B, N, D) the bank after the last whole segment, float32
-    keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero before the first segment
+    """The memory of one block. What waits to be written lies at places below pos % T of rings."""
+    M: torch.Tensor       # (B, N, D) the bank after the last whole segment, at least float32
+    keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero until one is written
     values: torch.Tensor  # (B, N, nh, hs)
-    unwritten: tuple      # rings as in LayerState, the first pos % T tokens are to be written:
-    #                       h (B, T, D), keys (not turned) and values (B, T, nkv, hs)
+    unwritten: tuple      # rings: h (B, T, D), keys (not turned) and values (B, T, nkv, hs)
 
 
 class LayerState(NamedTuple):
-    """What a block remembers: rings of the last T tokens, that of position p at p % T. Their size
-    is fixed: what is not filled yet is zero. With attention="full": of all tokens, in order."""
+    """What a block remembers: rings of the last T tokens, the token of position p at place p % T;
+    places not filled yet are zero. attention="full": all tokens, keys, values (B, pos, nkv, hs)."""
     keys: torch.Tensor    # (B, T, nkv, hs) of self-attention, turned to their positions
     values: torch.Tensor  # (B, T, nkv, hs)
     bank: BankState | None  # None in a block without memory
 
 
 class State(NamedTuple):
+    """What lies behind a text. No call changes it; a later one may share its tensors."""
     pos: int                  # tokens seen so far
     layers: list[LayerState]  # one per block
 
 
 def put(rings, xs, pos):
-    """Rings (B, T, ...), and where they go tokens (B, L, ...) from position pos on -> new rings"""
+    """Copies of rings (B, T, ...) with tokens (B, L, ...) from position pos on in their places."""
     T, tokens = rings[0].size(1), torch.arange(xs[0].size(1), device=xs[0].device)
     places = (pos + tokens[-T:]) % T
     return [ring.index_copy(1, places, x[:, -T:].to(ring.dtype)) for ring, x in zip(rings, xs)]
@@ -223,11 +223,11 @@ class Attention(nn.Module):
             mask = causal_mask(L, k.size(1), k.size(1), q.device) if pos else None
             return self.wo(attend(q, k, v, mask, causal=not pos)), k, v
         rings = put(kept, (k, v), pos)
-        if L == 1:  # it sees what the rings hold now
+        if L == 1 and within_segment is False:  # it sees all that the rings hold, in any order
             filled = torch.arange(T, device=q.device)[None] <= pos
             return self.wo(attend(q, *rings, filled)), *rings
-        if pos:  # the last T - 1 tokens before these, the oldest first
-            k, v = (torch.cat((ring.roll(-(pos % T), 1)[:, -min(pos, T - 1):], x), dim=1)
+        if pos:  # up to T - 1 tokens before these, the oldest first
+            k, v = (torch.cat((ring.roll(-(pos % T), 1)[:, T - min(pos, T - 1):], x), dim=1)
                     for ring, x in zip(kept, (k, v)))
         return self.wo(window_attention(q, k, v, T, pos, within_segment)), *rings
 
@@ -334,25 +334,24 @@ class MemoryBank(nn.Module):
         require(repeats is None or repeats.shape == (len(h), n_segments),
                 f"repeats must have the shape (B, S), here {(len(h), n_segments)}")
         rings = put(state.unwritten, xs, pos)
-        if L == 1:
+        if L == 1:  # its segment lies in the rings, in order
             xs = rings
         elif begun:
             xs = [torch.cat((ring[:, :begun], x), 1) for ring, x in zip(state.unwritten, xs)]
         # write: the bank after each whole segment, and what the next segment reads of it
         last = state[:3]
-        M, slot_keys, slot_values = (x[:, None] for x in last)
+        M, *seen = (x[:, None] for x in last)     # seen: keys and values
         if n_whole:
             xs = [x[:, :n_whole * T].unflatten(1, (n_whole, T)) for x in xs]
             M = (self.write_aligned(xs[0], M) if self.config.mem_write == "aligned"
                  else self.write_attend(*xs[1:], M, repeats))           # (B, n_whole, N, D)
             new = M, *self.keys_values(M)
-            slot_keys = torch.cat((slot_keys, new[1]), dim=1)
-            slot_values = torch.cat((slot_values, new[2]), dim=1)
+            seen = [torch.cat(pair, dim=1) for pair in zip(seen, new[1:])]
             last = (x[:, -1].clone(memory_format=torch.contiguous_format) for x in new)
         # read: each token in its segment, all segments at once, each the bank of the one before
         before, after = (begun, n_segments * T - begun - L) if n_segments > 1 else (0, 0)
         queries = F.pad(h, (0, 0, before, after)).unflatten(1, (n_segments, -1))
-        E_mem = self.read(queries, slot_keys[:, :n_segments], slot_values[:, :n_segments])
+        E_mem = self.read(queries, *(x[:, :n_segments] for x in seen))
         E_mem = E_mem.flatten(1, 2)[:, before:before + L]
         return self.output_gate(E_mem) * E_mem, BankState(*last, rings)  # Eq. 3
 
@@ -440,9 +439,9 @@ class LM2(nn.Module):
         """The State before the first token, for `batch` sequences."""
         c = self.config
         kept = c.block_size if c.attention == "window" else 0
-        ring = self.head.weight.new_zeros(batch, kept, c.kv_heads, c.head_dim)
+        ring = partial(self.head.weight.new_zeros, batch, kept, c.kv_heads, c.head_dim)
         banks = [block.memory and block.memory.initial_state(batch) for block in self.blocks]
-        return State(0, [LayerState(ring, ring, bank) for bank in banks])
+        return State(0, [LayerState(ring(), ring(), bank) for bank in banks])
 
     def draw_window_dropout(self, device):
         """Besides dropout, all that training does and evaluation does not: in a share of batches
@@ -487,8 +486,8 @@ class LM2(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, compiled=False):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
         at O(T + N) with attention="window". temperature 0 is greedy; top_k keeps the k likeliest
-        tokens, top_p the likeliest that together reach probability p. compiled: it takes a while
-        once, and is then several times as fast. Raises ValueError."""
+        tokens, top_p the likeliest that together reach probability p. compiled: three steps take
+        seconds, all others less; for up to two models in a process. Raises ValueError."""
         state, step = None, self.features
         if compiled:
             require(self.config.attention == "window" and self.config.memory != "rmt",
@@ -497,10 +496,11 @@ class LM2(nn.Module):
             step = torch.compile(step, options={"post_grad_fusion_options": as_sums})
         for chunk in idx.split(16 * self.config.block_size, dim=1):  # a long prompt, in pieces
             x, state = self.features(chunk, state)
-        for _ in range(max_new_tokens):
+        for left in range(max_new_tokens, 0, -1):
             token = draw_token(self.head(x[:, -1]).float(), temperature, top_k, top_p)
             yield token
-            x, state = step(token[:, None], state)
+            if left > 1:
+                x, state = step(token[:, None], state)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None):
         """idx (B, L), L >= 1 -> idx and its continuation (B, L + max_new_tokens); see `stream`."""

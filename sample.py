@@ -10,6 +10,8 @@ import codecs
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 import torch
 
@@ -83,10 +85,11 @@ def main():
                 print(text, end="", flush=True)
                 times.append(time.perf_counter() - started)
         print(decoder.decode(b"", final=True))
-        if len(times) > 2:  # to compile takes its time at the second token
-            rate = (len(times) - 2) / (times[-1] - times[1])
-            print(f"the first token after {times[0]:.1f} s, the second after {times[1]:.1f} s, "
-                  f"then {rate:,.0f} tokens a second", file=sys.stderr)
+        if len(times) > 1:
+            gaps = [later - earlier for earlier, later in pairwise(times)]
+            print(f"the first token after {times[0]:.1f} s, all {len(times):,} after "
+                  f"{times[-1]:.1f} s; by the median {1 / median(gaps):,.0f} tokens a second",
+                  file=sys.stderr)
 
 
 if __name__ == "__main__":
