@@ -74,7 +74,7 @@ class BenchConfig:
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest text to read, and of the longest prompt
     nanogpt: str = ""             # folder of nanoGPT's model.py: a rival in training and generation
-    compile: bool = False         # torch.compile: no peak memory of training, and more generators
+    compile: bool = False         # torch.compile training, and two more rivals in generation
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     # measurements instead of these
     profile: bool = False         # the time of a training step and of a generation, by their parts

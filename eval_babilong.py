@@ -42,7 +42,7 @@ from data.babilong import (
 )
 from data.files import sha256_of
 from data.text import read_text, split
-from data.tokenizer import GPT2Tokenizer, check_text, encode_inside
+from data.tokenizer import GPT2Tokenizer, check_text, decode_inside, encode_inside
 from lib import checkpoint, results
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
@@ -230,8 +230,7 @@ def answer_to(ids, run):
     """ids (B, L) -> what the run writes behind each row, greedily, to its first full stop."""
     texts = [""] * len(ids)
     for tokens in run.model.stream(ids, ANSWER_TOKENS, temperature=0):
-        pieces = [run.tokenizer.decode_bytes([token]).decode(errors="replace")
-                  for token in tokens.tolist()]
+        pieces = [decode_inside(run.tokenizer, [token]) for token in tokens.tolist()]
         texts = [text if "." in text else text + piece for text, piece in zip(texts, pieces)]
         if all("." in text for text in texts):
             break

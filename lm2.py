@@ -99,7 +99,7 @@ class BankState(NamedTuple):
     M: torch.Tensor       # (B, N, D) the bank after the last whole segment, at least float32
     keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero until one is written
     values: torch.Tensor  # (B, N, nh, hs)
-    unwritten: tuple      # rings: h (B, T, D), keys (not turned) and values (B, T, nkv, hs)
+    unwritten: list       # rings: keys (not turned), values (B, T, nkv, hs); `aligned`: h (B, T, D)
 
 
 class LayerState(NamedTuple):
@@ -159,9 +159,9 @@ def attend(q, k, v, mask=None, causal=False):
     """Multi-head softmax(Q K^T / sqrt(hs)) V. q (B, Lq, nh, hs); k, v (B, Lk, nkv, hs); mask
     (..., Lq, Lk), True where a query sees a key -> (B, Lq, nh * hs)"""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, heads, L, hs)
+    grouped = True if q.size(1) != k.size(1) else False  # torch.compile wants it decided here
     with torch.autocast("cpu", enabled=False):  # stays float32: a CPU is slower in bfloat16
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           enable_gqa=bool(q.size(1) != k.size(1)))
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return y.transpose(1, 2).flatten(2)
 
 
@@ -251,10 +251,10 @@ class MemoryBank(nn.Module):
         keys and values of zero stand for it until the first segment is written."""
         c, like = self.config, self.norm.weight  # of its device and type
         M = torch.eye(c.mem_slots, c.n_embd, device=like.device, dtype=like.dtype)
-        zeros = partial(like.new_zeros, batch)
-        nothing = (zeros(c.mem_slots, c.n_head, c.head_dim) for _ in range(2))
-        rings = (zeros(c.block_size, c.kv_heads, c.head_dim) for _ in range(2))
-        return BankState(M.repeat(batch, 1, 1), *nothing, (zeros(c.block_size, c.n_embd), *rings))
+        nothing = (like.new_zeros(batch, c.mem_slots, c.n_head, c.head_dim) for _ in range(2))
+        sizes = [(c.n_embd,)] if c.mem_write == "aligned" else 2 * [(c.kv_heads, c.head_dim)]
+        rings = [like.new_zeros(batch, c.block_size, *size) for size in sizes]
+        return BankState(M.repeat(batch, 1, 1), *nothing, rings)
 
     def keys_values(self, M):
         """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
@@ -328,7 +328,8 @@ class MemoryBank(nn.Module):
         """Read for each token, write each segment that ends here. h (B, L, D) normed inputs of the
         block, keys (not turned) and values (B, L, nkv, hs) of self-attention, of the tokens from
         position pos on, BankState, repeats -> g_out * E_mem (B, L, D), the BankState after them"""
-        T, L, xs = self.config.block_size, h.size(1), (h, keys, values)
+        T, L, aligned = self.config.block_size, h.size(1), self.config.mem_write == "aligned"
+        xs = (h,) if aligned else (keys, values)  # what is written from
         begun = pos % T                           # tokens of the first segment that came before
         n_segments, n_whole = 1 if L == 1 else math.ceil((begun + L) / T), (begun + L) // T
         require(repeats is None or repeats.shape == (len(h), n_segments),
@@ -343,11 +344,10 @@ class MemoryBank(nn.Module):
         M, *seen = (x[:, None] for x in last)     # seen: keys and values
         if n_whole:
             xs = [x[:, :n_whole * T].unflatten(1, (n_whole, T)) for x in xs]
-            M = (self.write_aligned(xs[0], M) if self.config.mem_write == "aligned"
-                 else self.write_attend(*xs[1:], M, repeats))           # (B, n_whole, N, D)
+            M = self.write_aligned(*xs, M) if aligned else self.write_attend(*xs, M, repeats)
             new = M, *self.keys_values(M)
             seen = [torch.cat(pair, dim=1) for pair in zip(seen, new[1:])]
-            last = (x[:, -1].clone(memory_format=torch.contiguous_format) for x in new)
+            last = (x[:, -1].clone(memory_format=torch.contiguous_format) for x in new)  # no views
         # read: each token in its segment, all segments at once, each the bank of the one before
         before, after = (begun, n_segments * T - begun - L) if n_segments > 1 else (0, 0)
         queries = F.pad(h, (0, 0, before, after)).unflatten(1, (n_segments, -1))
@@ -487,13 +487,13 @@ class LM2(nn.Module):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
         at O(T + N) with attention="window". temperature 0 is greedy; top_k keeps the k likeliest
         tokens, top_p the likeliest that together reach probability p. compiled: three steps take
-        seconds, all others less; for up to two models in a process. Raises ValueError."""
+        seconds, all others less; PyTorch compiles eight in a process. Raises ValueError."""
         state, step = None, self.features
         if compiled:
             require(self.config.attention == "window" and self.config.memory != "rmt",
                     "compiled=True needs attention=window, and not memory=rmt")
-            as_sums = {"decompose_mm_pass": {}}  # a token's matmuls: faster on a CPU
-            step = torch.compile(step, options={"post_grad_fusion_options": as_sums})
+            as_sums = {"post_grad_fusion_options": {"decompose_mm_pass": {}}}
+            step = torch.compile(step, options=as_sums)  # matmuls of one token: faster on a CPU
         for chunk in idx.split(16 * self.config.block_size, dim=1):  # a long prompt, in pieces
             x, state = self.features(chunk, state)
         for left in range(max_new_tokens, 0, -1):

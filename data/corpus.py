@@ -43,7 +43,8 @@ SHARD = 1 << 26          # bytes of a shard
 LONGEST_LINE = 1 << 26   # bytes of a line of .jsonl
 VERSION = 1              # of the manifest: another one where the same files give other shards
 # Behind a single newline, or else before a single space: there no tokenizer's pattern joins what is
-# before with what is behind, and the ids of the pieces are those of the whole.
+# before with what is behind, and the ids of the pieces are those of the whole, but for the space
+# that SentencePiece puts before each piece.
 CUT = re.compile(r"(?s).*\S\n(?=\S)|.*\S(?= \S)")
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 

@@ -31,7 +31,7 @@ from data.babilong import (
 )
 from data.dataset import EvaluationBatch
 from data.text import read_text, split
-from data.tokenizer import make_tokenizer
+from data.tokenizer import decode_inside, make_tokenizer
 
 RECALL = 0.7       # share of the batches whose stories ask at their end
 LESSONS = 400      # stories of each task that the tokenizer sees
@@ -236,8 +236,7 @@ class Stories:
         ids = hide_question(question, 0, self.val, self.tokenizer, rng)
         prompt = torch.tensor(ids.astype(np.int64), device=device)[None]
         written = model.generate(prompt, 8, temperature=0)[0, prompt.size(1):]
-        said = self.tokenizer.decode_bytes(written.tolist()).decode(errors="replace")
-        answer, _, _ = said.partition(".")
+        answer, _, _ = decode_inside(self.tokenizer, written.tolist()).partition(".")
         facts = " ".join(question.context)
         return f"{facts} {question.text}{answer}. (right: {question.answer})"
 

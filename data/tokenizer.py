@@ -261,6 +261,11 @@ def encode_inside(tokenizer, text):
     return tokenizer.encode(text.removeprefix(tokenizer.prefix))
 
 
+def decode_inside(tokenizer, ids):
+    """The text of ids as they stand inside a longer text: a space in front stays."""
+    return tokenizer.decode_bytes(ids).decode(errors="replace")
+
+
 def is_char_vocabulary(chars):
     """Whether chars is a string of different characters, none of them half of a surrogate pair."""
     if not isinstance(chars, str) or not chars or len(set(chars)) < len(chars):

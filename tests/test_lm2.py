@@ -178,6 +178,16 @@ def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):
     assert counters["stats"]["unique_graphs"] <= 3, "the first token, others, the last of a segment"
 
 
+def test_compiled_streaming_of_a_model_of_another_size_has_no_break(monkeypatch):
+    torch.compiler.reset()
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, options: real(
+        function, backend="eager", fullgraph=True))
+    for n_head in (2, 4):
+        model = make_small(n_layer=1, n_embd=8 * n_head, n_head=n_head)
+        assert len(list(model.stream(tokens(1, T + 3), T, compiled=True))) == T
+
+
 @pytest.mark.parametrize("kwargs", [dict(attention="full"), dict(memory="rmt")], ids=str)
 def test_compiled_streaming_needs_a_state_of_fixed_size(kwargs):
     with pytest.raises(ValueError, match="^compiled=True needs attention=window, and not memory=r"):
