@@ -199,6 +199,7 @@ def evaluate(model, data, config, device, stop):
 
 
 @user_errors(OSError)
+@run.beside_others()
 def main():
     config, data, device, rank, world = setup()
     out_dir, master = Path(config.out_dir), rank == 0

@@ -2,6 +2,8 @@
 import math
 import os
 import signal
+import sys
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +70,18 @@ def join_processes(device, dtype):
     found = [dtype]
     dist.broadcast_object_list(found, device=device)
     return device, found[0]
+
+
+@contextmanager
+def beside_others():
+    """Where another process of the run is gone, end this one with one line that says so."""
+    try:
+        yield
+    except RuntimeError as e:  # NCCL has a class of its own for this, gloo has none
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        sys.exit(f"error: another process of this run is gone ({checkpoint.one_line(e)}): start "
+                 "all of them again, with --resume")
 
 
 def open_data(config, tokenizer=None):

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import subprocess
 import time
 import tomllib
 from collections import Counter
@@ -295,6 +297,34 @@ def test_two_processes_train_as_one_with_the_same_batch(checkout, call, stopped)
                  for about in map(checkpoint.load_config, (checkout.folder / "out/two",
                                                            checkout.folder / "out/ended"))]
     assert processes == [(2, 1), (1, 2)]
+
+
+def children(process):
+    """Process ids of what a process has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_where_a_machine_is_gone_the_other_ends_with_one_line_and_the_run_goes_on(checkout, call):
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = found.getsockname()[1]
+    node = ["-m", "torch.distributed.run", "--nnodes=2", "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=localhost:{port}", "train.py", "--dataset=play.txt",
+            "--out_dir=out/many", *SMALL, "--max_iters=1000000", "--eval_interval=5"]
+    lost, other = checkout.start(*node), checkout.start(*node)
+    ckpt = checkout.folder / "out/many/ckpt.pt"
+    wait_for(lambda: ckpt.exists() and step_of(ckpt.parent) >= 5, lost)
+    for pid in [lost.pid, *children(lost)]:  # torchrun and its process, both at once
+        os.kill(pid, signal.SIGKILL)
+    _, err = other.communicate(timeout=60)
+    assert other.returncode != 0
+    assert err.count("error: another process of this run is gone") == 1
+    assert "train.py\", line" not in err  # torchrun reports at length, the program does not
+    assert lost.wait() == -signal.SIGKILL
+    step = step_of(ckpt.parent)
+    code, _, err = call("train.py", "--resume", "--out_dir=out/many", f"--max_iters={step + 2}")
+    assert code == 0, err
 
 
 @pytest.mark.parametrize("environment, named", [
