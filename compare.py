@@ -189,7 +189,7 @@ class Programs:
         """
         if self.stopped:
             raise KeyboardInterrupt
-        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TQDM_DISABLE": "1"}
+        env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | {"TQDM_DISABLE": "1"}
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", encoding="utf-8") as f:
             process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,

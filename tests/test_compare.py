@@ -358,6 +358,21 @@ def test_losses_are_those_of_the_best_step_and_minutes_those_until_a_figure(lab)
     assert measured.reached(experiment, "minutes until val_loss 1.4", log, times) == ""
 
 
+def test_jobs_share_the_cores_unless_the_user_says_how_many_threads(tmp_path, monkeypatch):
+    program = tmp_path / "threads.py"
+    program.write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+
+    def threads():
+        with open(tmp_path / "lock", "w") as lock:
+            compare.Programs(3).call(program, [], tmp_path / "said.txt", lock)
+        return (tmp_path / "said.txt").read_text().strip()
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert threads() == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads() == "1"
+
+
 # --- The real programs
 
 def test_the_real_programs_train_match_and_answer(checkout):
