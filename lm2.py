@@ -46,7 +46,7 @@ class LM2Config:
     rope_factor: float = 1.0     # Llama 3's rope scaling: the slow angles turn so much more slowly
     rope_context: int = 8192     # tokens of a text before that scaling
     tie_head: bool = False       # the head has the embedding's weights
-    attention: str = "window"    # window: the last block_size tokens; full: all tokens before
+    attention: str = "window"    # window: the last block_size tokens; segment: its own; full: all
     # memory
     memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
     mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
@@ -75,10 +75,10 @@ class LM2Config:
             require(0 < value[name] < math.inf, f"{name}={value[name]} must be above 0")
         for name in ("dropout", "window_dropout"):
             require(0 <= value[name] < 1, f"{name}={value[name]} must be from 0 to below 1")
-        for name, known in (("attention", ("window", "full")), ("memory", ("lm2", "rmt", "none")),
-                            ("mem_write", ("attend", "aligned"))):
-            require(value[name] in known,
-                    f"{name}={value[name]} is not known: use {' or '.join(known)}")
+        for name, known in (("attention", "window segment full"), ("memory", "lm2 rmt none"),
+                            ("mem_write", "attend aligned")):
+            require(value[name] in known.split(),
+                    f"{name}={value[name]} is not known: use {known.replace(' ', ' or ')}")
         for name, whole in (("n_head", "n_embd"), ("n_kv_head", "n_head")):
             require(value[name] >= 0 and value[whole] % (value[name] or 1) == 0,
                     f"{name}={value[name]} must divide {whole}={value[whole]}")
@@ -223,8 +223,8 @@ class Attention(nn.Module):
             mask = causal_mask(L, k.size(1), k.size(1), q.device) if pos else None
             return self.wo(attend(q, k, v, mask, causal=not pos)), k, v
         rings = put(kept, (k, v), pos)
-        if L == 1 and within_segment is False:  # it sees all that the rings hold, in any order
-            filled = torch.arange(T, device=q.device)[None] <= pos
+        if L == 1 and isinstance(within_segment, bool):  # it sees what the rings hold, in any order
+            filled = torch.arange(T, device=q.device)[None] <= (pos % T if within_segment else pos)
             return self.wo(attend(q, *rings, filled)), *rings
         if pos:  # up to T - 1 tokens before these, the oldest first
             k, v = (torch.cat((ring.roll(-(pos % T), 1)[:, T - min(pos, T - 1):], x), dim=1)
@@ -438,7 +438,7 @@ class LM2(nn.Module):
     def initial_state(self, batch):
         """The State before the first token, for `batch` sequences."""
         c = self.config
-        kept = c.block_size if c.attention == "window" else 0
+        kept = 0 if c.attention == "full" else c.block_size
         ring = partial(self.head.weight.new_zeros, batch, kept, c.kv_heads, c.head_dim)
         banks = [block.memory and block.memory.initial_state(batch) for block in self.blocks]
         return State(0, [LayerState(ring(), ring(), bank) for bank in banks])
@@ -463,7 +463,7 @@ class LM2(nn.Module):
         self.check(idx, repeats)
         state = state or self.initial_state(len(idx))
         rope = rope_angles(state.pos, idx.size(1), self.config, idx.device)
-        within_segment = self.draw_window_dropout(idx.device)
+        within_segment = self.config.attention == "segment" or self.draw_window_dropout(idx.device)
         x, layers = self.dropout(self.embedding(idx)), []
         for block, layer in zip(self.blocks, state.layers):
             x, layer = block(x, state.pos, rope, layer, within_segment, repeats)
@@ -485,13 +485,13 @@ class LM2(nn.Module):
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, compiled=False):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
-        at O(T + N) with attention="window". temperature 0 is greedy; top_k keeps the k likeliest
+        at O(T + N) unless attention="full". temperature 0 is greedy; top_k keeps the k likeliest
         tokens, top_p the likeliest that together reach probability p. compiled: three steps take
         seconds, all others less; PyTorch compiles eight in a process. Raises ValueError."""
         state, step = None, self.features
         if compiled:
-            require(self.config.attention == "window" and self.config.memory != "rmt",
-                    "compiled=True needs attention=window, and not memory=rmt")
+            require(self.config.attention != "full" and self.config.memory != "rmt",
+                    "compiled=True is not for attention=full or memory=rmt: leave it out")
             as_sums = {"post_grad_fusion_options": {"decompose_mm_pass": {}}}
             step = torch.compile(step, options=as_sums)  # matmuls of one token: faster on a CPU
         for chunk in idx.split(16 * self.config.block_size, dim=1):  # a long prompt, in pieces

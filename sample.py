@@ -58,10 +58,10 @@ def main():
         context = autocast(pick_dtype(config.dtype, device), device)
         model, tokenizer, _ = checkpoint.load(config.out_dir, device)
         compiled, n_tokens = config.compile, config.num_samples * config.max_new_tokens
-        if model.config.attention == "window" and model.config.memory != "rmt":
+        if model.config.attention != "full" and model.config.memory != "rmt":
             compiled = pick_compile(compiled, device, long=n_tokens >= MANY)
         elif compiled:
-            raise ValueError(f"compile=True needs attention=window and not memory=rmt, which "
+            raise ValueError(f"compile=True is not for attention=full or memory=rmt, which "
                              f"{config.out_dir} has: leave it out")
         start = config.start
         if start.startswith("FILE:"):

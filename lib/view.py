@@ -102,8 +102,9 @@ def make_view(model, tokenizer, found, marks, title):
     sources = sources_of(reads[layer], words, T) if reads else []
     bank = found.banks[layer].banks
     moved = (bank - bank[0]).abs().amax((0, 2))
-    sees = (f"Attention sees the last {T:,}, memory what came before."
-            if model.config.attention == "window" else "Attention sees all of them.")
+    sees = {"window": f"Attention sees the last {T:,}, memory what came before.",
+            "segment": "Attention sees those of the segment, memory what came before.",
+            "full": "Attention sees all of them."}[model.config.attention]
     return View(
         " ".join(title.split()), f"{len(words):,} tokens in segments of {T:,}. {sees}",
         words, marks, T, reads, why, layer, sources, (moved < STILL).nonzero().flatten().tolist())

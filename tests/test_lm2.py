@@ -26,7 +26,7 @@ from lm2 import (
 
 T = 8
 WRITES = [dict(mem_write="attend", mem_slots=5), dict(mem_write="aligned", mem_slots=T)]
-MODELS = WRITES + [dict(attention="full"), dict(memory="none"),
+MODELS = WRITES + [dict(attention="full"), dict(attention="segment"), dict(memory="none"),
                    dict(memory="none", attention="full"), dict(mem_layers=1), dict(n_kv_head=1)]
 RMTS = [dict(memory="rmt"), dict(memory="rmt", n_kv_head=1), dict(memory="rmt", mem_slots=1),
         dict(memory="rmt", mem_slots=T + 2, qk_norm=False)]
@@ -166,7 +166,8 @@ def test_cached_generate_equals_recomputing(kwargs):
     assert torch.equal(fast, idx)
 
 
-@pytest.mark.parametrize("kwargs", [*WRITES, dict(memory="none", n_kv_head=1)], ids=str)
+@pytest.mark.parametrize("kwargs", [*WRITES, dict(attention="segment"),
+                                    dict(memory="none", n_kv_head=1)], ids=str)
 def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):
     model, idx, real = make_small(**kwargs), tokens(1, T + 3), torch.compile
     torch.compiler.reset()
@@ -190,7 +191,7 @@ def test_compiled_streaming_of_a_model_of_another_size_has_no_break(monkeypatch)
 
 @pytest.mark.parametrize("kwargs", [dict(attention="full"), dict(memory="rmt")], ids=str)
 def test_compiled_streaming_needs_a_state_of_fixed_size(kwargs):
-    with pytest.raises(ValueError, match="^compiled=True needs attention=window, and not memory=r"):
+    with pytest.raises(ValueError, match="^compiled=True is not for attention=full or memory=rmt"):
         next(make_small(**kwargs).stream(tokens(1, 3), 3, compiled=True))
 
 
@@ -273,6 +274,13 @@ def test_window_attention_is_masked_full_attention(within_segment):
             visible &= i // T == j // T
         torch.testing.assert_close(window_attention(q, k, v, T, pos, within_segment),
                                    masked_attention(q, k, v, visible))
+
+
+@torch.no_grad()
+def test_segment_attention_reads_each_segment_as_a_text_of_its_own():
+    model, idx = make_small(memory="none", attention="segment"), tokens(2, 3 * T)
+    alone = [model(segment)[0] for segment in idx.split(T, dim=1)]  # only distances turn a head
+    torch.testing.assert_close(model(idx)[0], torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("memory, share", [("lm2", 0.0), ("lm2", 0.5), ("none", 0.5)])

@@ -165,4 +165,4 @@ def test_how_fast_the_text_came_is_told_aside(call):
 def test_compiling_needs_a_state_of_fixed_size(checkout, call):
     checkout.train("out/full", "--memory=none", "--attention=full", "--max_iters=1")
     code, _, err = call("sample.py", "--out_dir=out/full", "--device=cpu", "--compile")
-    assert is_one_line(code, err, "compile=True needs attention=window")
+    assert is_one_line(code, err, "compile=True is not for attention=full")
