@@ -1,7 +1,8 @@
 """
 SmolLM2-135M in lm2.py beside Hugging Face's `transformers`, on 500 tokens of Shakespeare: ids,
-logits, 50 greedy tokens; then how long reading the file takes, and how much memory. Not a test, as
-it needs `transformers` and `accelerate`, and half a minute:
+logits, 50 greedy tokens; then how long reading the file takes, and how much memory; and what is
+lost where attention does not see all. Not a test, as it needs `transformers` and `accelerate`, and
+a minute:
 
     python tests/smollm2_parity.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf > results/smollm2.txt
 """
@@ -18,11 +19,19 @@ from lib.llama import copy_weights, open_llama
 from lm2 import LM2, LM2Config
 
 N_TOKENS, N_PROMPT, N_NEW = 500, 40, 50
+N_LOSS = 2048
 
 
 def peak():
     """Peak memory of this process so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def loss(llama, weights, ids, **attention):
+    """Mean loss of ids in nats per token."""
+    model = LM2(LM2Config(**llama.shape, memory="none", **attention)).eval()
+    model.load_state_dict(weights)
+    return model(ids[:, :-1], ids[:, 1:])[1].item()
 
 
 @torch.no_grad()
@@ -54,6 +63,14 @@ def main(path):
           f"same {N_NEW} greedy tokens: {torch.equal(written, their_text)}\n"
           f"read in {seconds:.1f} s, with {memory / 1e6:.0f} MB more than before, of which "
           f"{weights / 1e6:.0f} MB are weights in float32")
+    ids = torch.tensor([llama.tokenizer.encode(read_text("shakespeare").text[:4 * N_LOSS])])
+    ids, found = ids[:, :N_LOSS + 1], {}
+    for attention, T in (("full", 256), ("segment", 256), ("window", 256), ("segment", 64),
+                         ("window", 64)):
+        found[f"{attention} of {T}" if attention != "full" else attention] = loss(
+            llama, model.state_dict(), ids, attention=attention, block_size=T)
+    print(f"loss on {ids.size(1) - 1:,} tokens by attention: "
+          + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
 
 
 if __name__ == "__main__":
