@@ -203,13 +203,10 @@ def by_task(name):
     return markdown(header, lines, left=2)
 
 
-TEN = ["0k", "1k", "4k", "16k", "32k"]
 OLD = {  # name: its file, and the table
     "qa1": ("qa1", lambda: accuracy("results/qa1.csv", ["0k", "1k", "4k", "16k", "64k", "128k"])),
     "qa1-all": ("qa1", lambda: accuracy_all("results/qa1.csv")),
-    "ten": ("ten", lambda: accuracy("results/ten.csv", TEN)),
-    "ten-all": ("ten", lambda: accuracy_all("results/ten.csv")),
-    "ten-tasks": ("ten", lambda: by_task("results/ten.csv")),
+    "ten-before": ("ten_before", lambda: accuracy_all("results/ten_before.csv")),
     "ten-gpu-all": ("ten_gpu", lambda: accuracy_all("results/ten_gpu.csv")),
     "ten-gpu-tasks": ("ten_gpu", lambda: by_task("results/ten_gpu.csv")),
 }

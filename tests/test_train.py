@@ -773,6 +773,6 @@ def test_no_two_programs_or_presets_write_into_the_same_folder():
     folders = [tomllib.loads(path.read_text())["out_dir"] for path in PRESETS]
     folders += [TrainConfig(dataset=name).out_dir for name in ("shakespeare", "babilong")]
     folders += [EvalConfig(["run"]).out_dir]
-    assert len(PRESETS) == 7 and all(folders)
+    assert len(PRESETS) == 8 and all(folders)
     assert [folder for folder, n in Counter(folders).items() if n > 1] == []
     assert SampleConfig().out_dir == TrainConfig().out_dir
