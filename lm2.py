@@ -46,7 +46,7 @@ class LM2Config:
     rope_factor: float = 1.0     # Llama 3's rope scaling: the slow angles turn so much more slowly
     rope_context: int = 8192     # tokens of a text before that scaling
     tie_head: bool = False       # the head has the embedding's weights
-    attention: str = "window"    # window: the last block_size tokens; segment: its own; full: all
+    attention: str = "window"    # window: last T tokens; segment: those of its segment; full: all
     # memory
     memory: str = "lm2"          # lm2: banks; rmt: memory tokens, baselines/rmt.py; none: neither
     mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
@@ -195,7 +195,7 @@ def window_attention(q, k, v, T, pos=0, within_segment=False):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, over a sliding window or over everything before."""
+    """Causal self-attention over a sliding window, the segment, or everything before."""
 
     def __init__(self, config):
         super().__init__()

@@ -39,7 +39,7 @@ class PretrainedConfig:
     mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
     mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
     block_size: int = 256        # T: tokens in a segment, and in the sliding attention window
-    attention: str = "full"      # full, as a Llama; segment: those of a token's segment; window
+    attention: str = "full"      # full, as a Llama; segment: its segment's; window: the last T
     seed: int = 1337             # of the banks' weights
     # run
     out_dir: str = ""            # folder of the run, "": out/NAME

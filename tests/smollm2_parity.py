@@ -1,8 +1,7 @@
 """
 SmolLM2-135M in lm2.py beside Hugging Face's `transformers`, on 500 tokens of Shakespeare: ids,
-logits, 50 greedy tokens; then how long reading the file takes, and how much memory; and what is
-lost where attention does not see all. Not a test, as it needs `transformers` and `accelerate`, and
-a minute:
+logits, 50 greedy tokens; how long reading the file takes, and how much memory; then the loss where
+attention does not see all. Not a test, as it needs `transformers` and `accelerate`, and a minute:
 
     python tests/smollm2_parity.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf > results/smollm2.txt
 """
@@ -64,13 +63,13 @@ def main(path):
           f"read in {seconds:.1f} s, with {memory / 1e6:.0f} MB more than before, of which "
           f"{weights / 1e6:.0f} MB are weights in float32")
     ids = torch.tensor([llama.tokenizer.encode(read_text("shakespeare").text[:4 * N_LOSS])])
-    ids, found = ids[:, :N_LOSS + 1], {}
-    for attention, T in (("full", 256), ("segment", 256), ("window", 256), ("segment", 64),
+    found = []
+    for attention, T in (("full", N_LOSS), ("segment", 256), ("window", 256), ("segment", 64),
                          ("window", 64)):
-        found[f"{attention} of {T}" if attention != "full" else attention] = loss(
-            llama, model.state_dict(), ids, attention=attention, block_size=T)
-    print(f"loss on {ids.size(1) - 1:,} tokens by attention: "
-          + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        nats = loss(llama, model.state_dict(), ids[:, :N_LOSS + 1], attention=attention,
+                    block_size=T)
+        found.append(f"{attention} of {T:,} {nats:.2f}")
+    print(f"loss on {N_LOSS:,} tokens, by what attention sees: {', '.join(found)}")
 
 
 if __name__ == "__main__":
