@@ -141,6 +141,7 @@ TABLES = {
     "speed-cpu-compiled": lambda: speed_all("results/speed_cpu_compiled.csv"),
     "speed-gpu": lambda: speed("results/speed_gpu.csv"),
     "speed-gpu-all": lambda: speed_all("results/speed_gpu.csv"),
+    "processes": lambda: pivot("", load("results/processes.csv"), "what", "measure", measured),
     "profile-4x128": lambda: profile("4 x 128"),
     "profile-6x192": lambda: profile("6 x 192"),
     "mmlu": lambda: mmlu("results/mmlu.csv"),
