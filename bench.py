@@ -4,13 +4,12 @@ Speed and peak memory, side by side:
     python bench.py                          # everything
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
     python bench.py --nanogpt=../nanoGPT     # with nanoGPT, from a clone of it, as one more rival
+    python bench.py --transformers           # with Hugging Face's Llama
     python bench.py --profile                # where the time goes, what matmuls alone would take
     python bench.py --soak                   # a million tokens: more MiB in use? do logits drift?
 
 Rivals take turns, so that ratios mean something on a noisy machine; a figure is a median.
 """
-import csv
-import math
 import random
 import secrets
 import shlex
@@ -23,34 +22,28 @@ from statistics import median
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from data.babi import simulate
 from data.babilong import Haystack, encode_line, parse_list
 from data.curriculum import tokenizer_text, training_batch
-from data.files import atomic_open
 from data.text import get_batch, read_text
 from data.tokenizer import make_tokenizer
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_compile, pick_device, pick_dtype
-from lib.measure import (
-    Row,
+from lib.measure import matmul_peak, peak_memories, print_scopes, scope, soak, timed, training_flops
+from lib.origin import hardware, origin
+from lib.rivals import (
+    VOCAB,
+    HuggingFaceLlama,
     as_if_trained,
-    matmul_peak,
+    name_of,
     nanogpt,
-    peak_memories,
-    print_row,
-    print_scopes,
     reading,
     recompute,
-    scope,
-    soak,
-    take_turns,
-    timed,
-    training_flops,
+    rivals,
     training_step,
 )
-from lib.origin import origin
+from lib.speed import LLAMA, NANOGPT, conclusion, print_rows, take_turns, write_csv, write_plot
 from lm2 import LM2, LM2Config
 
 BENCHMARKS = ("training", "generation", "reading", "data")
@@ -61,7 +54,6 @@ SIZES = {
              dict(n_layer=12, n_head=12, n_embd=768, block_size=512)],
 }
 STEP_TOKENS = {"cpu": 4096, "cuda": 65536}  # of a training step
-VOCAB = 512
 N_NEW = 64           # tokens of a generation, behind the first
 DATA_BATCH = 12      # rows of a batch of the data path
 DATA_LENGTH = 1000   # and their tokens
@@ -74,6 +66,7 @@ class BenchConfig:
     repeats: int = 5              # times that each rival is measured
     max_length: int = 131072      # tokens of the longest text to read, and of the longest prompt
     nanogpt: str = ""             # folder of nanoGPT's model.py: a rival in training and generation
+    transformers: bool = False    # Hugging Face's Llama, a rival in training
     compile: bool = False         # torch.compile training, and two more rivals in generation
     corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
     # measurements instead of these
@@ -103,27 +96,6 @@ class BenchConfig:
     @property
     def benchmarks(self):
         return parse_list("parts", self.parts)
-
-
-def rivals(size):
-    """
-    {name: LM2Config} of a size. A bank has a quarter as many slots as a segment has tokens, but for
-    `aligned`, which needs as many.
-    """
-    T = size["block_size"]
-    rival = partial(LM2Config, VOCAB, mem_slots=T // 4, **size)
-    return {
-        "window": rival(memory="none"),
-        "full attention": rival(memory="none", attention="full"),
-        "RMT": rival(memory="rmt"),
-        "LM2 attend": rival(mem_write="attend"),
-        "LM2 aligned": rival(mem_write="aligned", mem_slots=T),
-    }
-
-
-def name_of(size):
-    """4 x 128: layers and width."""
-    return f"{size['n_layer']} x {size['n_embd']}"
 
 
 def up_to(longest, lengths):
@@ -160,36 +132,6 @@ def open_haystack(corpus):
     return haystack, tokenizer
 
 
-# --- What was found
-
-def write_csv(path, rows, about):
-    """about: {column: value}, the same in all rows."""
-    with atomic_open(path, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f, lineterminator="\n")
-        writer.writerow([*Row._fields, *about])
-        writer.writerows([*row, *about.values()] for row in rows)
-
-
-def write_plot(path, rows):
-    """A panel for each comparison: medians as bars, quartiles as whiskers."""
-    comparisons = list(dict.fromkeys(row.what for row in rows))
-    height = math.ceil(len(comparisons) / 3)
-    figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
-    axes = figure.subplots(height, 3, squeeze=False)
-    for panel, what in zip(axes.flat, comparisons):
-        compared = [row for row in rows if row.what == what]
-        below = [row.tokens_per_s - row.quartile1 for row in compared]
-        above = [row.quartile3 - row.tokens_per_s for row in compared]
-        panel.barh([row.model for row in compared], [row.tokens_per_s for row in compared],
-                   xerr=(below, above), color="0.6")
-        panel.invert_yaxis()  # the first rival on top
-        panel.set(title=what, xlabel="tokens/s")
-    for panel in axes.flat[len(comparisons):]:
-        panel.remove()
-    with atomic_open(path) as f:
-        figure.savefig(f, dpi=120, format="png")
-
-
 # --- The benchmarks
 
 class Bench:
@@ -210,6 +152,8 @@ class Bench:
         check_writable(self.config)
         if self.config.nanogpt:
             nanogpt(self.config.nanogpt, LM2Config(VOCAB, n_layer=1, block_size=8))
+        if self.config.transformers:
+            HuggingFaceLlama(LM2Config(VOCAB, n_layer=1, block_size=8))
         pick_compile(self.config.compile, self.device)
         if "data" in self.config.benchmarks and not self.config.profile and not self.config.soak:
             open_haystack(self.config.corpus)
@@ -217,28 +161,32 @@ class Bench:
     def run(self):
         """Measure and print, and write what was found so far after each benchmark."""
         about = {"repeats": self.config.repeats, "command": f"python {shlex.join(sys.argv)}",
-                 **origin(self.device)}
-        print("| what | rival | median | quartiles | ratio | peak memory, share of matmul peak |")
-        print("| --- | --- | ---: | --- | ---: | --- |")
+                 **origin(self.device), "device": hardware(self.device),
+                 "threads": torch.get_num_threads()}
         for name in self.config.benchmarks:
             getattr(self, name)()
+            print(f"\n{conclusion(name, self.rows)}", flush=True)
             if self.config.csv:
                 write_csv(self.config.csv, self.rows, about)
             if self.config.plot:
                 write_plot(self.config.plot, self.rows)
 
-    def models(self, size, with_nanogpt=False):
-        """{rival: model}, with nanoGPT where it can take part and is wanted."""
+    def models(self, size, with_nanogpt=False, with_llama=False):
+        """{rival: model}, with those that are not ours where they can take part and are wanted."""
         models = {name: as_if_trained(config, self.device)
                   for name, config in rivals(size).items()}
         if with_nanogpt and self.config.nanogpt:
             model = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
-            models["nanoGPT"] = model.to(self.device).eval()
+            models[NANOGPT] = model.to(self.device).eval()
+        if with_llama and self.config.transformers:
+            models[LLAMA] = HuggingFaceLlama(LM2Config(VOCAB, **size)).to(self.device)
         return models
 
-    def add(self, row):
-        self.rows.append(row)
-        print_row(row)
+    def add(self, rows):
+        """Keep and print the rows of one comparison."""
+        is_new = not any(row.part == rows[0].part for row in self.rows)
+        self.rows += rows
+        print_rows(rows, with_head=is_new)
 
     def random_tokens(self, *shape):
         return torch.randint(VOCAB, shape, device=self.device)
@@ -261,7 +209,7 @@ class Bench:
             length = segments * size["block_size"]
             idx = self.random_tokens(max(1, self.step_tokens // length), length)
             torch.compiler.reset()  # it compiles a function for eight shapes, no more
-            models = self.models(size, with_nanogpt=segments == 1)
+            models = self.models(size, with_nanogpt=segments == 1, with_llama=True)
             jobs, flops = {}, {}
             for name, model in models.items():
                 step = training_step(model, self.context, idx, self.config.compile)
@@ -271,11 +219,10 @@ class Bench:
             if not self.config.compile:
                 peaks = self.peak_memory(training_step, size, idx.shape)
             what = f"training, {name_of(size)}, {segments} segments of {size['block_size']}"
-            rows = take_turns("training", what, jobs, self.config.repeats)
-            for name, row in rows.items():
-                mfu = 100 * row.tokens_per_s * flops[name] / self.peak
-                self.add(row._replace(peak_memory_mib=peaks.get(name), mfu_percent=mfu,
-                                      dtype=self.dtype))
+            found = take_turns("training", what, jobs, self.config.repeats)
+            self.add([row._replace(peak_memory_mib=peaks.get(name), dtype=self.dtype,
+                                   mfu_percent=100 * row.tokens_per_s * flops[name] / self.peak)
+                      for name, row in found.items()])
 
     @torch.no_grad()
     def generation(self):
@@ -297,9 +244,10 @@ class Bench:
                     for name, stream in streams.items()}
             what = f"generation, {name_of(size)}, {rows} at once, after {length:,} tokens"
             found = take_turns("generation", what, jobs, self.config.repeats)
-            for name, row in found.items():
-                milliseconds = 1000 * median(first_tokens[name][1:])  # without the warm-up
-                self.add(row._replace(first_token_ms=milliseconds, dtype="float32"))
+            milliseconds = {name: 1000 * median(seconds[1:])  # without the warm-up
+                            for name, seconds in first_tokens.items()}
+            self.add([row._replace(first_token_ms=milliseconds[name], dtype="float32")
+                      for name, row in found.items()])
 
     def generation_rate(self, stream, idx, first_tokens):
         """A function that generates once -> tokens per second behind the first, which it times."""
@@ -318,9 +266,9 @@ class Bench:
             jobs = {name: self.rate(reading(model, self.context, idx), length)
                     for name, model in self.models(size).items()}
             what = f"reading {length:,} tokens"
-            rows = take_turns("reading", what, jobs, self.config.repeats)
-            for name, row in rows.items():
-                self.add(row._replace(peak_memory_mib=peaks[name], dtype=self.dtype))
+            found = take_turns("reading", what, jobs, self.config.repeats)
+            self.add([row._replace(peak_memory_mib=peaks[name], dtype=self.dtype)
+                      for name, row in found.items()])
 
     def data(self):
         """The data path, on one core: batches of text, stories in a haystack."""
@@ -344,8 +292,7 @@ class Bench:
         rates = {name: self.rate(job, DATA_BATCH * DATA_LENGTH, torch.device("cpu"))
                  for name, job in jobs.items()}
         what = "data, batches of 12 x 1,000 tokens"
-        for row in take_turns("data", what, rates, self.config.repeats).values():
-            self.add(row)
+        self.add(list(take_turns("data", what, rates, self.config.repeats).values()))
 
     def profile(self):
         """Where the time of a training step (16 segments a sequence) and of a generation goes."""
@@ -357,9 +304,9 @@ class Bench:
             jobs = {name: self.step_with_data(models[name], idx)
                     for name in ("window", "RMT", "LM2 attend")}
             jobs[f"{N_NEW} tokens of LM2"] = lambda: list(generator.stream(idx[:1, :1], N_NEW))
-            if "nanoGPT" in models:  # as many tokens, a segment at a time
+            if NANOGPT in models:  # as many tokens, a segment at a time
                 segments = idx.view(-1, size["block_size"])
-                jobs["nanoGPT"] = self.step_with_data(models["nanoGPT"], segments)
+                jobs[NANOGPT] = self.step_with_data(models[NANOGPT], segments)
             title, repeats = f"ms, {name_of(size)}", self.config.repeats
             print_scopes(title, jobs, repeats, self.peak, self.device)
 

@@ -1,18 +1,12 @@
-"""
-How bench.py measures: time, peak memory and the hardware's limit; the jobs that it measures; and
-where the time of a job goes.
-"""
+"""How bench.py measures: time, peak memory, the hardware's limit, where the time of a job goes."""
 import re
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, redirect_stdout
-from importlib.util import module_from_spec, spec_from_file_location
-from io import StringIO
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -22,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from baselines import rmt
-from lib import checkpoint
 from lib.device import autocast
-from lib.optim import make_optimizers
-from lm2 import LM2, MLP, Attention, MemoryBank, draw_token
+from lib.rivals import as_if_trained
+from lm2 import MLP, Attention, MemoryBank, draw_token
 
 MIB = 2 ** 20
 
@@ -75,7 +68,7 @@ def training_flops(model):
     """
     c = model.config
     sizes = {name: p.numel() for name, p in model.named_parameters()}
-    parameters = sum(n for name, n in sizes.items() if not name.startswith("embedding"))
+    parameters = sum(n for name, n in sizes.items() if "embed" not in name)
     return 6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size
 
 
@@ -136,85 +129,6 @@ def peak_memories(make_job, configs, dtype, device, shape):
             except BrokenProcessPool:  # the system ended it, for want of memory
                 found.append(None)
     return found
-
-
-# --- Models and jobs
-
-def as_if_trained(config, device):
-    """
-    A new model of an LM2Config, as far from its start as if it were trained. At the start its
-    memory is shut, and a bank that nothing enters falls to denormal numbers, which a CPU multiplies
-    at a fraction of its speed.
-    """
-    model = checkpoint.make_model(config).to(device).eval()
-    for p in model.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    return model
-
-
-def training_step(model, context, idx, compiled=False):
-    """A function that makes a whole training step: forward, backward and optimizers."""
-    model.train()
-    if isinstance(model, LM2):
-        optimizers = make_optimizers(model, learning_rate=0.02, adam_lr=2e-3, weight_decay=0.0)
-    else:
-        optimizers = [nanogpt_optimizer(model, idx.device)]
-    forward = torch.compile(model) if compiled else model
-
-    def job():
-        with context:
-            loss = forward(idx, idx)[1]
-        loss.backward()
-        for optimizer in optimizers:
-            with context:
-                optimizer.step()
-            optimizer.zero_grad()
-    return job
-
-
-def reading(model, context, idx):
-    """A function that reads a text to its end and draws the first token behind it."""
-    def job():
-        with context:
-            next(model.stream(idx, 1))
-    return job
-
-
-def recompute(model, idx, max_new_tokens):
-    """`stream` as nanoGPT generates: no cache, each token reads block_size tokens again."""
-    for _ in range(max_new_tokens):
-        window = idx[:, -model.config.block_size:]
-        token = draw_token(model(window)[0][:, -1])
-        yield token
-        idx = torch.cat((idx, token[:, None]), dim=1)
-
-
-def nanogpt(folder, config):
-    """
-    nanoGPT's GPT of the size of an LM2Config, made by the model.py in a folder. Raises ValueError
-    where that is not nanoGPT's.
-    """
-    spec = spec_from_file_location("nanogpt", Path(folder) / "model.py")
-    module = module_from_spec(spec)
-    try:
-        with redirect_stdout(StringIO()):  # it reports on itself
-            spec.loader.exec_module(module)
-            model = module.GPT(module.GPTConfig(
-                block_size=config.block_size, vocab_size=config.vocab_size, n_layer=config.n_layer,
-                n_head=config.n_head, n_embd=config.n_embd, dropout=0.0, bias=False))
-        nanogpt_optimizer(model, torch.device("cpu"))
-        next(recompute(model, torch.zeros(1, 1, dtype=torch.long), 1))
-    except (Exception, SystemExit) as e:  # it may be any program
-        raise ValueError(f"nanogpt={folder} has no model.py like nanoGPT's ({e!r}): name a clone "
-                         "of github.com/karpathy/nanoGPT") from None
-    return model
-
-
-def nanogpt_optimizer(model, device):
-    """The optimizer that nanoGPT makes for itself."""
-    with redirect_stdout(StringIO()):
-        return model.configure_optimizers(weight_decay=0.0, learning_rate=2e-3, betas=(0.9, 0.99),
-                                          device_type=device.type)
 
 
 # --- Where the time of a job goes
@@ -349,39 +263,3 @@ def last_logits(model, idx):
 def in_use(device):
     """MiB that this process holds now, on a GPU those of its tensors; None where nothing tells."""
     return torch.cuda.memory_allocated(device) / MIB if device.type == "cuda" else resident()
-
-
-# --- Figures
-
-class Row(NamedTuple):
-    """What was measured of a model, as in the CSV file. None: not measured."""
-    part: str
-    what: str
-    model: str
-    tokens_per_s: float  # the median
-    quartile1: float
-    quartile3: float
-    ratio: float         # of the median to that of the first rival
-    peak_memory_mib: float | None = None
-    mfu_percent: float | None = None     # share of the hardware's matmul peak
-    first_token_ms: float | None = None  # from the beginning of the prompt on
-    dtype: str = ""                      # of the matmuls
-
-
-def take_turns(part, what, jobs, repeats):
-    """jobs: {rival: function -> tokens per second}, in turns after a warm-up -> {rival: Row}"""
-    laps = []
-    for _ in tqdm(range(1 + repeats), desc=what, leave=False):
-        laps.append([job() for job in jobs.values()])
-    low, middle, high = np.quantile(laps[1:], (0.25, 0.5, 0.75), axis=0).tolist()
-    return {name: Row(part, what, name, middle[i], low[i], high[i], middle[i] / middle[0])
-            for i, name in enumerate(jobs)}
-
-
-def print_row(row):
-    notes = ((row.peak_memory_mib, "{:,.0f} MiB"), (row.mfu_percent, "MFU {:.0f}%"),
-             (row.first_token_ms, "first token after {:,.0f} ms"))
-    notes = [words.format(figure) for figure, words in notes if figure is not None]
-    print(f"| {row.what} | {row.model} | {row.tokens_per_s:,.0f} tokens/s "
-          f"| {row.quartile1:,.0f} to {row.quartile3:,.0f} | {row.ratio:.2f} "
-          f"| {', '.join(notes)} |", flush=True)

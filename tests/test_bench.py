@@ -5,25 +5,13 @@ import pytest
 import torch
 
 import bench
-from bench import Bench, BenchConfig, rivals, up_to, write_plot
-from lib import measure
+from bench import Bench, BenchConfig, up_to
+from lib.measure import resident
+from lib.origin import hardware
+from lib.rivals import as_if_trained, reading, rivals
 from lm2 import LM2Config
 
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
-
-
-def test_rivals_share_a_size_and_differ_in_memory_alone():
-    configs = rivals(SIZE)
-    kinds = {name: (c.memory, c.attention, c.mem_write, c.mem_slots)
-             for name, c in configs.items()}
-    assert kinds == {
-        "window": ("none", "window", "attend", 2),
-        "full attention": ("none", "full", "attend", 2),
-        "RMT": ("rmt", "window", "attend", 2),
-        "LM2 attend": ("lm2", "window", "attend", 2),
-        "LM2 aligned": ("lm2", "window", "aligned", 8),
-    }
-    assert {(c.n_layer, c.n_embd, c.block_size) for c in configs.values()} == {(2, 16, 8)}
 
 
 @pytest.fixture
@@ -64,11 +52,11 @@ def test_compiled_are_all_rivals_and_their_peak_memory_is_not_told(small, monkey
     assert {row.peak_memory_mib for row in small.rows} == {None}
 
 
-@pytest.mark.skipif(measure.resident("VmHWM") is None, reason="the system does not tell it")
+@pytest.mark.skipif(resident("VmHWM") is None, reason="the system does not tell it")
 def test_peak_memory_is_that_of_a_new_process(small, monkeypatch):
     config = LM2Config(bench.VOCAB, memory="none", **SIZE)
     monkeypatch.setattr(bench, "rivals", lambda size: {"vanilla": config})
-    assert small.peak_memory(measure.reading, SIZE, (1, 64))["vanilla"] > 0
+    assert small.peak_memory(reading, SIZE, (1, 64))["vanilla"] > 0
 
 
 def test_generation_starts_behind_prompts_and_compares_with_recomputing(small):
@@ -131,6 +119,22 @@ def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_p
     assert "number of" not in out and "num decayed" not in out
 
 
+def test_the_llama_of_hugging_face_takes_part_in_training(small, without_peak_memory, monkeypatch):
+    asked = []
+
+    def stand_in(config):
+        asked.append((config.n_layer, config.n_embd))
+        return as_if_trained(config, torch.device("cpu"))
+
+    monkeypatch.setattr(bench, "HuggingFaceLlama", stand_in)
+    small.config.transformers = True
+    small.check()
+    small.training()
+    found = [row.what for row in small.rows if row.model == "transformers' Llama"]
+    assert found == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)]
+    assert len(asked) == 4 and set(asked[1:]) == {(2, 16)}  # the first says whether it is there
+
+
 def test_profile_names_the_parts_of_the_block_and_the_floor(small, capsys):
     small.profile()
     lines = capsys.readouterr().out.strip().splitlines()
@@ -171,11 +175,12 @@ def test_data_path_is_measured_and_written_with_its_command(checkout, call):
     for row in rows:
         assert float(row["tokens_per_s"]) > 0 and row["peak_memory_mib"] == ""
         assert row["command"] == " ".join(("python", "bench.py", *DATA, *files))
-        assert (row["device"], row["torch"]) == ("cpu", torch.__version__)
+        assert (row["device"], row["torch"]) == (hardware(torch.device("cpu")), torch.__version__)
     assert (checkout.folder / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch, tmp_path):
+def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch, tmp_path,
+                                                              capsys):
     def fail():
         raise KeyboardInterrupt
 
@@ -185,40 +190,7 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     with pytest.raises(KeyboardInterrupt):
         small.run()
     assert (tmp_path / "bench.csv").read_text().count("\ngeneration,") == 18
-
-
-def test_an_old_file_stays_whole_where_the_new_one_cannot_be_made(small, monkeypatch, tmp_path):
-    path = tmp_path / "bench.png"
-    path.write_text("old")
-    row, = measure.take_turns("data", "what", {"a": lambda: 1.0}, repeats=1).values()
-
-    def fail(self, file, **_):
-        file.write(b"half of it")
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
-    with pytest.raises(OSError, match="full"):
-        write_plot(path, [row])
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("n", [1, 4])
-def test_plot_has_a_panel_for_each_comparison(tmp_path, monkeypatch, n):
-    panels = []
-    savefig = bench.Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        panels.extend(figure.axes)
-        savefig(figure, *args, **kwargs)
-
-    monkeypatch.setattr(bench.Figure, "savefig", keep)
-    rows = []
-    for i in range(n):
-        jobs = {"a": lambda: 1.0, "b": lambda: 2.0}
-        rows += measure.take_turns("data", f"what {i}", jobs, repeats=1).values()
-    write_plot(tmp_path / "bench.png", rows)
-    assert [panel.get_title() for panel in panels] == [f"what {i}" for i in range(n)]
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "\nSpeed of LM2 attend: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -8,21 +8,16 @@ import torch
 
 from lib import measure
 from lib.measure import (
-    as_if_trained,
     matmul_flops,
-    nanogpt,
     peak_memories,
     peak_memory,
-    print_row,
     print_scopes,
-    recompute,
     resident,
     soak,
-    take_turns,
     time_by_scope,
     training_flops,
-    training_step,
 )
+from lib.rivals import as_if_trained, training_step
 from lm2 import MLP, LM2Config, MemoryBank
 
 VOCAB, CPU = 32, torch.device("cpu")
@@ -38,43 +33,6 @@ def model(**kwargs):
 
 def idx(*shape):
     return torch.randint(VOCAB, shape)
-
-
-# --- Jobs
-
-@pytest.mark.parametrize("kind", [dict(memory="none"), dict(memory="rmt"), dict(),
-                                  dict(mem_write="aligned", mem_slots=8)])
-def test_a_training_step_trains_all_weights(kind):
-    trained = model(**kind)
-    before = [p.clone() for p in trained.parameters()]
-    training_step(trained, FLOAT32, idx(2, 24))()
-    for (name, p), q in zip(trained.named_parameters(), before):
-        assert not torch.equal(p, q), name
-
-
-def test_recomputing_generates_what_the_cache_does_while_the_window_holds_the_text():
-    vanilla, prompt = model(memory="none", block_size=32), idx(1, 8)
-    torch.manual_seed(0)
-    cached = list(vanilla.stream(prompt, 16))
-    torch.manual_seed(0)
-    assert list(recompute(vanilla, prompt, 16)) == cached
-
-
-@pytest.mark.parametrize("source", [
-    "",                                   # no GPT in it
-    "def GPT(",                           # no Python
-    "import torch_of_another_world",      # something lacks
-    "raise SystemExit(0)",                # a program
-    "class GPT: pass\nclass GPTConfig: pass",
-    "GPT = GPTConfig = dict",
-    None,                                 # no file
-])
-def test_what_is_not_nanogpt_is_refused_in_one_line(tmp_path, source):
-    if source is not None:
-        (tmp_path / "model.py").write_text(source)
-    with pytest.raises(ValueError, match="nanogpt=.*karpathy/nanoGPT") as e:
-        nanogpt(tmp_path, LM2Config(VOCAB, **SIZE, mem_slots=4))
-    assert "\n" not in str(e.value)
 
 
 # --- Time and operations
@@ -215,23 +173,3 @@ def test_soak_finds_no_drift_and_would_see_one(capsys, monkeypatch):
     drift = [float(d) for d in re.findall(r"(\d\S+) \|$", capsys.readouterr().out, re.M)]
     assert len(drift) == 2 + 3  # after 10 and 100 tokens; 10, 100 and 1,000
     assert max(drift[:2]) < 1e-4 < drift[-1]
-
-
-# --- Figures
-
-def test_a_figure_is_the_median_without_the_warm_up_and_its_ratio_to_the_first_rival():
-    figures = iter((9, 9, 1, 4, 3, 6, 2, 5))  # in turns, the first of each is the warm-up
-    jobs = {"a": lambda: next(figures), "b": lambda: next(figures)}
-    a, b = take_turns("part", "what", jobs, repeats=3).values()
-    assert (a.model, a.tokens_per_s, a.ratio) == ("a", 2, 1.0)
-    assert (b.model, b.tokens_per_s, b.ratio) == ("b", 5, 2.5)
-    assert (b.quartile1, b.quartile3) == (4.5, 5.5)
-
-
-def test_a_row_tells_what_was_measured_and_nothing_else(capsys):
-    row, = take_turns("part", "what", {"a": lambda: 1234.0}, repeats=1).values()
-    print_row(row)
-    print_row(row._replace(peak_memory_mib=5.2, mfu_percent=31.7, first_token_ms=7.0))
-    plain, full = capsys.readouterr().out.splitlines()
-    assert plain == "| what | a | 1,234 tokens/s | 1,234 to 1,234 | 1.00 |  |"
-    assert full.endswith("| 5 MiB, MFU 32%, first token after 7 ms |")

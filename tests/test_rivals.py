@@ -1,0 +1,124 @@
+"""lib/rivals.py: the models that bench.py compares, and how they train and write."""
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from lib.measure import training_flops
+from lib.rivals import (
+    HuggingFaceLlama,
+    as_if_trained,
+    nanogpt,
+    optimizers_of,
+    recompute,
+    rivals,
+    training_step,
+)
+from lm2 import LM2Config
+
+VOCAB, CPU = 32, torch.device("cpu")
+SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
+FLOAT32 = torch.autocast("cpu", enabled=False)
+
+
+def model(**kwargs):
+    """A model whose head and memory are at work."""
+    return as_if_trained(LM2Config(VOCAB, **{"mem_slots": 4} | SIZE | kwargs), CPU)
+
+
+def idx(*shape):
+    return torch.randint(VOCAB, shape)
+
+
+def test_rivals_share_a_size_and_differ_in_memory_alone():
+    configs = rivals(SIZE)
+    kinds = {name: (c.memory, c.attention, c.mem_write, c.mem_slots)
+             for name, c in configs.items()}
+    assert kinds == {
+        "window": ("none", "window", "attend", 2),
+        "full attention": ("none", "full", "attend", 2),
+        "RMT": ("rmt", "window", "attend", 2),
+        "LM2 attend": ("lm2", "window", "attend", 2),
+        "LM2 aligned": ("lm2", "window", "aligned", 8),
+    }
+    assert {(c.n_layer, c.n_embd, c.block_size) for c in configs.values()} == {(2, 16, 8)}
+
+
+@pytest.mark.parametrize("kind", [dict(memory="none"), dict(memory="rmt"), dict(),
+                                  dict(mem_write="aligned", mem_slots=8)])
+def test_a_training_step_trains_all_weights(kind):
+    trained = model(**kind)
+    before = [p.clone() for p in trained.parameters()]
+    training_step(trained, FLOAT32, idx(2, 24))()
+    for (name, p), q in zip(trained.named_parameters(), before):
+        assert not torch.equal(p, q), name
+
+
+def test_recomputing_generates_what_the_cache_does_while_the_window_holds_the_text():
+    vanilla, prompt = model(memory="none", block_size=32), idx(1, 8)
+    torch.manual_seed(0)
+    cached = list(vanilla.stream(prompt, 16))
+    torch.manual_seed(0)
+    assert list(recompute(vanilla, prompt, 16)) == cached
+
+
+@pytest.mark.parametrize("source", [
+    "",                                   # no GPT in it
+    "def GPT(",                           # no Python
+    "import torch_of_another_world",      # something lacks
+    "raise SystemExit(0)",                # a program
+    "class GPT: pass\nclass GPTConfig: pass",
+    "GPT = GPTConfig = dict",
+    None,                                 # no file
+])
+def test_what_is_not_nanogpt_is_refused_in_one_line(tmp_path, source):
+    if source is not None:
+        (tmp_path / "model.py").write_text(source)
+    with pytest.raises(ValueError, match="nanogpt=.*karpathy/nanoGPT") as e:
+        nanogpt(tmp_path, LM2Config(VOCAB, **SIZE, mem_slots=4))
+    assert "\n" not in str(e.value)
+
+
+# --- Hugging Face's Llama
+
+class Llama(torch.nn.Module):
+    """Stands for transformers' LlamaForCausalLM."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.embed_tokens = torch.nn.Embedding(shape["vocab_size"], shape["vocab_size"])
+
+    def forward(self, input_ids, labels):
+        logits = self.embed_tokens(input_ids)
+        return SimpleNamespace(logits=logits, loss=logits.square().mean() + 0 * labels.sum())
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """A package transformers with a Llama in it."""
+    package = ModuleType("transformers")
+    package.LlamaConfig, package.LlamaForCausalLM = dict, Llama
+    monkeypatch.setitem(sys.modules, "transformers", package)
+
+
+def test_the_llama_of_hugging_face_has_the_shape_of_ours_and_trains(transformers):
+    config = LM2Config(VOCAB, memory="none", **SIZE)
+    rival, ours = HuggingFaceLlama(config), model(memory="none")
+    shape = rival.llama.shape
+    assert shape["intermediate_size"] == len(ours.blocks[0].mlp.w_up.weight) == 48
+    assert shape["hidden_size"] == 16
+    assert shape["num_hidden_layers"] == shape["num_attention_heads"] == 2
+    assert training_flops(rival) == 12 * 2 * 16 * 8  # it has an embedding, and no more
+    before = rival.llama.embed_tokens.weight.clone()
+    training_step(rival, FLOAT32, idx(2, 8))()
+    assert not torch.equal(before, rival.llama.embed_tokens.weight)
+    assert [type(optimizer) for optimizer in optimizers_of(rival)] == [torch.optim.AdamW]
+
+
+def test_without_transformers_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="pip install transformers") as e:
+        HuggingFaceLlama(LM2Config(VOCAB, **SIZE, mem_slots=4))
+    assert "\n" not in str(e.value)
