@@ -33,7 +33,12 @@ from lib.device import autocast, pick_compile, pick_device, pick_dtype
 from lib.measure import matmul_peak, peak_memories, print_scopes, scope, soak, timed, training_flops
 from lib.origin import hardware, origin
 from lib.rivals import (
+    ATTEND,
+    FULL,
+    LLAMA,
+    NANOGPT,
     VOCAB,
+    WINDOW,
     HuggingFaceLlama,
     as_if_trained,
     name_of,
@@ -43,7 +48,7 @@ from lib.rivals import (
     rivals,
     training_step,
 )
-from lib.speed import LLAMA, NANOGPT, conclusion, print_rows, take_turns, write_csv, write_plot
+from lib.speed import conclusion, print_rows, take_turns, write_csv, write_plot
 from lm2 import LM2, LM2Config
 
 BENCHMARKS = ("training", "generation", "reading", "data")
@@ -87,6 +92,9 @@ class BenchConfig:
         at_least(self, 1, "repeats", "max_length")
         if self.profile and self.soak:
             raise ValueError("--profile and --soak exclude each other: choose one")
+        if self.transformers and (self.profile or self.soak or "training" not in self.benchmarks):
+            raise ValueError("--transformers names a rival in training: leave it out, or measure "
+                             "--parts=training")
         if self.csv and self.csv == self.plot:
             raise ValueError(f"csv={self.csv} and plot={self.plot} are one file: name two")
         if (self.profile or self.soak) and (self.csv or self.plot):
@@ -153,7 +161,7 @@ class Bench:
         if self.config.nanogpt:
             nanogpt(self.config.nanogpt, LM2Config(VOCAB, n_layer=1, block_size=8))
         if self.config.transformers:
-            HuggingFaceLlama(LM2Config(VOCAB, n_layer=1, block_size=8))
+            HuggingFaceLlama(rivals(self.sizes[0])[FULL])
         pick_compile(self.config.compile, self.device)
         if "data" in self.config.benchmarks and not self.config.profile and not self.config.soak:
             open_haystack(self.config.corpus)
@@ -165,7 +173,7 @@ class Bench:
                  "threads": torch.get_num_threads()}
         for name in self.config.benchmarks:
             getattr(self, name)()
-            print(f"\n{conclusion(name, self.rows)}", flush=True)
+            print(f"\n{conclusion(self.rows, name)}", flush=True)
             if self.config.csv:
                 write_csv(self.config.csv, self.rows, about)
             if self.config.plot:
@@ -179,7 +187,7 @@ class Bench:
             model = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
             models[NANOGPT] = model.to(self.device).eval()
         if with_llama and self.config.transformers:
-            models[LLAMA] = HuggingFaceLlama(LM2Config(VOCAB, **size)).to(self.device)
+            models[LLAMA] = HuggingFaceLlama(rivals(size)[FULL]).to(self.device)
         return models
 
     def add(self, rows):
@@ -214,7 +222,7 @@ class Bench:
             for name, model in models.items():
                 step = training_step(model, self.context, idx, self.config.compile)
                 jobs[name] = self.rate(step, idx.numel())
-                flops[name] = training_flops(model)
+                flops[name] = training_flops(model, length)
             peaks = {}
             if not self.config.compile:
                 peaks = self.peak_memory(training_step, size, idx.shape)
@@ -231,13 +239,13 @@ class Bench:
         for size, (rows, length) in product(self.sizes, shapes):
             idx = self.random_tokens(rows, length)
             models = self.models(size, with_nanogpt=True)
-            streams = {"window, recomputed": partial(recompute, models["window"])}
+            streams = {f"{WINDOW}, recomputed": partial(recompute, models[WINDOW])}
             for name, model in models.items():
                 is_ours = isinstance(model, LM2)
                 streams[name] = model.stream if is_ours else partial(recompute, model)
             if self.config.compile:
                 torch.compiler.reset()
-                for name in ("window", "LM2 attend"):
+                for name in (WINDOW, ATTEND):
                     streams[f"{name}, compiled"] = partial(models[name].stream, compiled=True)
             first_tokens = {name: [] for name in streams}  # seconds
             jobs = {name: self.generation_rate(stream, idx, first_tokens[name])
@@ -300,9 +308,9 @@ class Bench:
             length = 16 * size["block_size"]
             idx = self.random_tokens(max(1, self.step_tokens // length), length)
             models = self.models(size, with_nanogpt=True)
-            generator = as_if_trained(rivals(size)["LM2 attend"], self.device)
+            generator = as_if_trained(rivals(size)[ATTEND], self.device)
             jobs = {name: self.step_with_data(models[name], idx)
-                    for name in ("window", "RMT", "LM2 attend")}
+                    for name in (WINDOW, "RMT", ATTEND)}
             jobs[f"{N_NEW} tokens of LM2"] = lambda: list(generator.stream(idx[:1, :1], N_NEW))
             if NANOGPT in models:  # as many tokens, a segment at a time
                 segments = idx.view(-1, size["block_size"])
@@ -324,7 +332,7 @@ class Bench:
 
     def soak(self):
         """Generate a million tokens."""
-        soak(as_if_trained(rivals(self.sizes[0])["LM2 attend"], self.device), 1_000_000)
+        soak(as_if_trained(rivals(self.sizes[0])[ATTEND], self.device), 1_000_000)
 
 
 def main():
@@ -332,9 +340,9 @@ def main():
     with user_errors():
         bench = Bench(config)
         bench.check()
-        print(f"{bench.device} in {bench.dtype}, {torch.get_num_threads()} threads, "
-              f"matmul peak {bench.peak / 1e9:,.0f} GF/s, torch {torch.__version__}, "
-              f"median and quartiles of {config.repeats}\n")
+        print(f"{hardware(bench.device)} in {bench.dtype}, threads: {torch.get_num_threads()}, "
+              f"matmul peak {bench.peak / 1e9:,.0f} GF/s (MFU is a share of it), "
+              f"torch {torch.__version__}, median and quartiles of {config.repeats}", flush=True)
         if config.profile:
             bench.profile()
         elif config.soak:

@@ -61,15 +61,17 @@ def matmul_flops(job):
     return counter.get_total_flops()
 
 
-def training_flops(model):
+def training_flops(model, length):
     """
-    Floating point operations of training on one token: 6 a parameter, and those of attention to
-    block_size tokens (PaLM, appendix B).
+    Floating point operations of training on one token of a sequence: 6 a parameter, and those of
+    attention to all of it, or to a window of block_size tokens (PaLM, appendix B).
     """
     c = model.config
+    sees_all = getattr(c, "attention", "full") == "full"  # nanoGPT has no other
+    seen = length if sees_all else min(length, c.block_size)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     parameters = sum(n for name, n in sizes.items() if "embed" not in name)
-    return 6 * parameters + 12 * c.n_layer * c.n_embd * c.block_size
+    return 6 * parameters + 12 * c.n_layer * c.n_embd * seen
 
 
 # --- Peak memory
@@ -239,7 +241,7 @@ def soak(model, n_tokens):
     device = model.head.weight.device
     seen = torch.zeros(1, n_tokens + 1, dtype=torch.long, device=device)
     state, milestone = None, 10
-    print("| tokens | MiB in use | largest difference of a logit |\n| ---: | ---: | ---: |")
+    print("\n| tokens | MiB in use | largest difference of a logit |\n| ---: | ---: | ---: |")
     for n in tqdm(range(1, n_tokens + 1), leave=False):
         x, state = model.features(seen[:, n - 1:n], state)
         logits = model.head(x[:, -1])

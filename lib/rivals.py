@@ -13,9 +13,11 @@ from torch import nn
 
 from lib import checkpoint
 from lib.optim import make_optimizers
-from lm2 import LM2, LM2Config, draw_token
+from lm2 import LM2, MLP, LM2Config, draw_token
 
 VOCAB = 512  # tokens that each model knows
+WINDOW, FULL, ATTEND = "window", "full attention", "LM2 attend"  # names of ours
+NANOGPT, LLAMA = "nanoGPT", "Hugging Face's Llama"               # and of others
 
 
 def name_of(size):
@@ -31,10 +33,10 @@ def rivals(size):
     T = size["block_size"]
     rival = partial(LM2Config, VOCAB, mem_slots=T // 4, **size)
     return {
-        "window": rival(memory="none"),
-        "full attention": rival(memory="none", attention="full"),
+        WINDOW: rival(memory="none"),
+        FULL: rival(memory="none", attention="full"),
         "RMT": rival(memory="rmt"),
-        "LM2 attend": rival(mem_write="attend"),
+        ATTEND: rival(mem_write="attend"),
         "LM2 aligned": rival(mem_write="aligned", mem_slots=T),
     }
 
@@ -95,21 +97,24 @@ class HuggingFaceLlama(nn.Module):
             raise ValueError(f"transformers cannot be imported ({e}): pip install transformers, "
                              "or leave out --transformers") from None
         self.config = config
-        hidden = checkpoint.make_model(config).blocks[0].mlp.w_up.out_features
         self.llama = LlamaForCausalLM(LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=hidden,
-            num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, use_cache=False))
+            vocab_size=config.vocab_size, hidden_size=config.n_embd,
+            intermediate_size=MLP(config).w_up.out_features, num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head))
 
-    def forward(self, idx, targets):
-        """idx, targets (B, L) -> logits (B, L, vocab_size), loss"""
-        out = self.llama(input_ids=idx, labels=targets)
+    def forward(self, idx, labels):
+        """
+        idx, labels (B, L) -> logits (B, L, vocab_size), loss. Labels are the tokens of idx, and not
+        the next ones: the model itself shifts them.
+        """
+        out = self.llama(input_ids=idx, labels=labels)
         return out.logits, out.loss
 
 
 # --- How they are trained, and write
 
 def optimizers_of(model):
-    """Those that a model is trained with by its own project: ours has Muon as well as AdamW."""
+    """What its own project trains a model with: ours with Muon and AdamW, the others with AdamW."""
     if isinstance(model, LM2):
         return make_optimizers(model, learning_rate=0.02, adam_lr=2e-3, weight_decay=0.0)
     if isinstance(model, HuggingFaceLlama):

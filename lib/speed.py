@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data.files import atomic_open
+from lib.rivals import ATTEND, FULL, LLAMA, NANOGPT
 
-ATTEND, FULL = "LM2 attend", "full attention"
-OTHERS = NANOGPT, LLAMA = "nanoGPT", "transformers' Llama"  # not ours
+NOTES = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU",
+         "first_token_ms": "ms to the first token"}
 
 
 class Row(NamedTuple):
@@ -42,56 +43,56 @@ def take_turns(part, what, jobs, repeats):
 
 def print_rows(rows, with_head):
     """What rivals did of one thing, the fastest first; ratios are to the first rival."""
+    notes = {row: ", ".join(f"{getattr(row, column):,.0f} {unit}" for column, unit in NOTES.items()
+                            if getattr(row, column) is not None) for row in rows}
+    more = any(notes.values())
     if with_head:
-        print(f"\n| {rows[0].part} | model | tokens a second | quartiles | times {rows[0].model} "
-              "| memory and more |\n| --- | --- | ---: | --- | ---: | --- |")
+        head = [f"{rows[0].part} {rows[0].dtype}".strip(), "rival", "tokens a second", "quartiles",
+                f"{rows[0].model} = 1"] + more * ["memory and more"]
+        print(f"\n| {' | '.join(head)} |\n| --- | --- | ---: | ---: | ---: |{more * ' --- |'}")
     for row in sorted(rows, key=lambda row: -row.tokens_per_s):
-        notes = ((row.peak_memory_mib, "{:,.0f} MiB"), (row.mfu_percent, "MFU {:.0f}%"),
-                 (row.first_token_ms, "first token after {:,.0f} ms"))
-        notes = [words.format(figure) for figure, words in notes if figure is not None]
-        what = row.what.removeprefix(row.part).strip(", ")
-        print(f"| {what} | {row.model} | {row.tokens_per_s:,.0f} "
-              f"| {row.quartile1:,.0f} to {row.quartile3:,.0f} | {row.ratio:.2f} "
-              f"| {', '.join(notes)} |", flush=True)
+        spread = f"{row.quartile1:,.0f} to {row.quartile3:,.0f}"
+        cells = [row.what.removeprefix(f"{row.part}, "), row.model, f"{row.tokens_per_s:,.0f}",
+                 spread if row.quartile1 < row.quartile3 else "–", f"{row.ratio:.2f}"]
+        print(f"| {' | '.join(cells + more * [notes[row]])} |", flush=True)
 
 
-def speeds(rows, model):
-    """{what: tokens a second} of what a model did."""
-    return {row.what: row.tokens_per_s for row in rows if row.model == model}
+def speeds(rows, part, model):
+    """{what: tokens a second} of what a model did in a part."""
+    return {row.what: row.tokens_per_s for row in rows if (row.part, row.model) == (part, model)}
 
 
-def span(numbers):
-    """0.73 to 0.80; 0.73 where both ends read alike."""
-    return " to ".join(dict.fromkeys(f"{number:.2f}" for number in (min(numbers), max(numbers))))
-
-
-def compared(rows, model, others):
-    """How fast a model is beside others, in all that both did; "" where they did nothing."""
-    ours, found = speeds(rows, model), []
+def times(rows, part, model, others):
+    """A sentence on how fast a model is beside others; none of them, no sentence."""
+    ours, found = speeds(rows, part, model), []
     for other in others:
-        ratios = [ours[what] / theirs for what, theirs in speeds(rows, other).items()
-                  if what in ours]
-        found += [f"{span(ratios)} times {other}"] if ratios else []
-    return f"Speed of {model}: {', '.join(found)}. " if found else ""
+        ratios = [ours[what] / theirs for what, theirs in speeds(rows, part, other).items()]
+        ends = dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+        found.append(f"{' to '.join(ends)} times {other}")
+    return [f"Speed of {model}: {'; '.join(found)}."] if found else []
 
 
-def conclusion(part, rows):
-    """What the rows of a part say, in sentences; rows: those of other parts as well."""
-    of_part = [row for row in rows if row.part == part]
-    models = list(dict.fromkeys(row.model for row in of_part))
+def conclusion(rows, part):
+    """What the rows of a part say."""
+    models = list(dict.fromkeys(row.model for row in rows if row.part == part))
     if part == "data":
-        made = of_part[-1].tokens_per_s
-        trained = speeds([row for row in rows if row.part == "training"], ATTEND).values()
-        more = f", {made / max(trained):,.0f} times what {ATTEND} trains on" if trained else ""
+        made, = speeds(rows, part, models[-1]).values()
+        trained = speeds(rows, "training", ATTEND).values()
+        more = f"; {ATTEND} trains on {max(trained):,.0f} at most" if trained else ""
         return f"One core makes {made:,.0f} tokens of stories a second{more}."
-    found = compared(of_part, ATTEND, [name for name in models if name != ATTEND])
+    see_all = [name for name in models if name in (FULL, NANOGPT, LLAMA)]
+    others = [name for name in models if name != ATTEND]
+    if part == "generation":
+        return " ".join(times(rows, part, ATTEND, others))
+    sentences = times(rows, part, ATTEND, [name for name in others if name not in see_all])
     if part == "training":
-        found += compared(of_part, FULL, [name for name in models if name in OTHERS])
-    if part == "reading":
-        for name in (ATTEND, FULL):
-            first, *_, last = [*speeds(of_part, name).values()] * 2
-            found += f"{name} keeps {last / first:.2f} of its speed to the longest text. "
-    return found.rstrip()
+        sentences += times(rows, part, FULL, [name for name in see_all if name != FULL])
+        return " ".join(sentences)
+    for name in (ATTEND, FULL):  # reading
+        first, *longer = speeds(rows, part, name).values()
+        sentences += [f"{name} reads the longest text at {100 * longer[-1] / first:.1f}% of its "
+                      "speed in the shortest."] if longer else []
+    return " ".join(sentences)
 
 
 # --- In files
@@ -111,10 +112,10 @@ def write_plot(path, rows):
     figure = Figure(figsize=(15, 2.2 * height), layout="constrained")
     axes = figure.subplots(height, 3, squeeze=False)
     for panel, what in zip(axes.flat, comparisons):
-        compared = [row for row in rows if row.what == what]
-        below = [row.tokens_per_s - row.quartile1 for row in compared]
-        above = [row.quartile3 - row.tokens_per_s for row in compared]
-        panel.barh([row.model for row in compared], [row.tokens_per_s for row in compared],
+        same = [row for row in rows if row.what == what]
+        below = [row.tokens_per_s - row.quartile1 for row in same]
+        above = [row.quartile3 - row.tokens_per_s for row in same]
+        panel.barh([row.model for row in same], [row.tokens_per_s for row in same],
                    xerr=(below, above), color="0.6")
         panel.invert_yaxis()  # the first rival on top
         panel.set(title=what, xlabel="tokens/s")

@@ -31,6 +31,7 @@ from lib.experiment_tables import (
 )
 from lib.measured import COLUMNS, read_results
 from lib.scores import select, values
+from lib.speed import NOTES
 from lib.view import count_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,12 +94,10 @@ def speed(name):
 def speed_all(name):
     """Each measurement with its ratio to the first model that did the same, memory and more."""
     rows, lines = load(name), []
-    units = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU",
-             "first_token_ms": "ms to the first token"}
     for row in rows:
         median, low, high = (row[c] for c in ("tokens_per_s", "quartile1", "quartile3"))
         ratio = float(median) / float(select(rows, what=row["what"])[0]["tokens_per_s"])
-        more = [f"{whole(row[column])} {unit}" for column, unit in units.items() if row[column]]
+        more = [f"{whole(row[column])} {unit}" for column, unit in NOTES.items() if row[column]]
         spread = f"{whole(low)} to {whole(high)}" if low else NOTHING
         lines.append([row["what"], row["model"], whole(median), spread, f"{ratio:.2f}",
                       ", ".join(more)])

@@ -39,7 +39,10 @@ def test_training_and_reading_are_measured_for_each_rival(small, without_peak_me
     assert [row.model for row in small.rows] == 4 * list(rivals(SIZE))
     assert all(row.tokens_per_s > 0 and row.peak_memory_mib == 1 for row in small.rows)
     assert all(row.mfu_percent > 0 for row in small.rows if row.part == "training")
-    assert "| 1 MiB, MFU " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| 1 MiB, " in out
+    for part in ("training", "reading"):  # a table each
+        assert out.count(f"| {part} float32 | rival |") == 1
 
 
 def test_compiled_are_all_rivals_and_their_peak_memory_is_not_told(small, monkeypatch):
@@ -130,7 +133,7 @@ def test_the_llama_of_hugging_face_takes_part_in_training(small, without_peak_me
     small.config.transformers = True
     small.check()
     small.training()
-    found = [row.what for row in small.rows if row.model == "transformers' Llama"]
+    found = [row.what for row in small.rows if row.model == "Hugging Face's Llama"]
     assert found == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)]
     assert len(asked) == 4 and set(asked[1:]) == {(2, 16)}  # the first says whether it is there
 
@@ -174,6 +177,7 @@ def test_data_path_is_measured_and_written_with_its_command(checkout, call):
                                               "training batch, simulation included"]
     for row in rows:
         assert float(row["tokens_per_s"]) > 0 and row["peak_memory_mib"] == ""
+        assert row["threads"] == str(torch.get_num_threads())
         assert row["command"] == " ".join(("python", "bench.py", *DATA, *files))
         assert (row["device"], row["torch"]) == (hardware(torch.device("cpu")), torch.__version__)
     assert (checkout.folder / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -211,6 +215,7 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     (["--csv=" + 300 * "a"], "cannot be written (File name too long)"),
     (["--csv=same", "--plot=same"], "one file"),
     (["--profile", "--soak"], "exclude each other"),
+    (["--transformers"], "--transformers names a rival in training"),
     (["--soak", "--csv=a.csv"], "leave them out"),
 ])
 def test_bad_input_is_refused_in_one_line(checkout, call, flags, message):

@@ -37,10 +37,12 @@ def idx(*shape):
 
 # --- Time and operations
 
-def test_flops_are_six_a_parameter_and_attention():
-    vanilla = model(memory="none")
+@pytest.mark.parametrize("attention, length, seen", [
+    ("window", 4, 4), ("window", 64, 8), ("full", 4, 4), ("full", 64, 64)])
+def test_flops_are_six_a_parameter_and_attention_to_what_is_seen(attention, length, seen):
+    vanilla = model(memory="none", attention=attention)
     parameters = sum(p.numel() for p in vanilla.parameters()) - VOCAB * 16
-    assert training_flops(vanilla) == 6 * parameters + 12 * 2 * 16 * 8
+    assert training_flops(vanilla, length) == 6 * parameters + 12 * 2 * 16 * seen
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -91,30 +91,41 @@ class Llama(torch.nn.Module):
         self.embed_tokens = torch.nn.Embedding(shape["vocab_size"], shape["vocab_size"])
 
     def forward(self, input_ids, labels):
+        assert torch.equal(input_ids, labels)  # it shifts them itself
         logits = self.embed_tokens(input_ids)
-        return SimpleNamespace(logits=logits, loss=logits.square().mean() + 0 * labels.sum())
+        return SimpleNamespace(logits=logits, loss=logits.square().mean())
+
+
+def llama_config(*, vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+                 num_attention_heads):
+    """Stands for transformers' LlamaConfig."""
+    return locals()
 
 
 @pytest.fixture
 def transformers(monkeypatch):
     """A package transformers with a Llama in it."""
     package = ModuleType("transformers")
-    package.LlamaConfig, package.LlamaForCausalLM = dict, Llama
+    package.LlamaConfig, package.LlamaForCausalLM = llama_config, Llama
     monkeypatch.setitem(sys.modules, "transformers", package)
 
 
 def test_the_llama_of_hugging_face_has_the_shape_of_ours_and_trains(transformers):
-    config = LM2Config(VOCAB, memory="none", **SIZE)
-    rival, ours = HuggingFaceLlama(config), model(memory="none")
-    shape = rival.llama.shape
-    assert shape["intermediate_size"] == len(ours.blocks[0].mlp.w_up.weight) == 48
-    assert shape["hidden_size"] == 16
-    assert shape["num_hidden_layers"] == shape["num_attention_heads"] == 2
-    assert training_flops(rival) == 12 * 2 * 16 * 8  # it has an embedding, and no more
+    config = rivals(SIZE)["full attention"]
+    rival, ours = HuggingFaceLlama(config), as_if_trained(config, CPU)
+    assert rival.llama.shape == {
+        "vocab_size": 512, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": len(ours.blocks[0].mlp.w_up.weight)}
+    assert training_flops(rival, 64) == 12 * 2 * 16 * 64  # it has an embedding, and no more
     before = rival.llama.embed_tokens.weight.clone()
     training_step(rival, FLOAT32, idx(2, 8))()
     assert not torch.equal(before, rival.llama.embed_tokens.weight)
-    assert [type(optimizer) for optimizer in optimizers_of(rival)] == [torch.optim.AdamW]
+
+
+def test_the_llama_of_hugging_face_trains_with_adamw_as_nanogpt_does(transformers):
+    optimizer, = optimizers_of(HuggingFaceLlama(rivals(SIZE)["full attention"]))
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["weight_decay"] == 0 and optimizer.defaults["fused"]
 
 
 def test_without_transformers_one_line_says_what_to_do(monkeypatch):

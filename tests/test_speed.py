@@ -3,7 +3,7 @@
 import pytest
 
 from lib import speed
-from lib.speed import Row, conclusion, print_rows, span, take_turns, write_plot
+from lib.speed import Row, conclusion, print_rows, take_turns, write_plot
 
 
 def rows(part, what, **rates):
@@ -26,46 +26,51 @@ def test_a_figure_is_the_median_without_the_warm_up_and_its_ratio_to_the_first_r
 
 def test_a_table_is_sorted_and_tells_what_was_measured_and_nothing_else(capsys):
     slow, fast = rows("training", "training, 4 x 128", slow=1234.0, fast=2468.0)
-    full = fast._replace(peak_memory_mib=5.2, mfu_percent=31.7, first_token_ms=7.0)
-    print_rows([slow, full], with_head=True)
+    full = fast._replace(quartile1=2400.0, peak_memory_mib=5.2, mfu_percent=31.7,
+                         first_token_ms=7.0, dtype="float32")
+    print_rows([slow._replace(dtype="float32"), full], with_head=True)
     print_rows([slow], with_head=False)
-    out = capsys.readouterr().out.strip().splitlines()
-    assert out[0] == ("| training | model | tokens a second | quartiles | times slow "
-                      "| memory and more |")
-    assert out[2:] == [
-        "| 4 x 128 | fast | 2,468 | 2,468 to 2,468 | 2.00 "
-        "| 5 MiB, MFU 32%, first token after 7 ms |",
-        *2 * ["| 4 x 128 | slow | 1,234 | 1,234 to 1,234 | 1.00 |  |"]]
-
-
-def test_a_span_names_both_ends_where_they_differ():
-    assert span([0.8, 0.731]) == "0.73 to 0.80" and span([0.731, 0.7299]) == "0.73"
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "| training float32 | rival | tokens a second | quartiles | slow = 1 | memory and more |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+        "| 4 x 128 | fast | 2,468 | 2,400 to 2,468 | 2.00 "
+        "| 5 MiB, 32 % MFU, 7 ms to the first token |",
+        "| 4 x 128 | slow | 1,234 | – | 1.00 |  |",
+        "| 4 x 128 | slow | 1,234 | – | 1.00 |"]
 
 
 def test_what_training_says_of_ours_and_of_those_of_others():
     found = rows("training", "small", window=100, full_attention=80, LM2_attend=75, nanoGPT=50)
     found += rows("training", "large", window=10, full_attention=9, LM2_attend=8)
-    assert conclusion("training", found) == (
-        "Speed of LM2 attend: 0.75 to 0.80 times window, 0.89 to 0.94 times full attention, "
-        "1.50 times nanoGPT. Speed of full attention: 1.60 times nanoGPT.")
+    assert conclusion(found, "training") == (
+        "Speed of LM2 attend: 0.75 to 0.80 times window. "
+        "Speed of full attention: 1.60 times nanoGPT.")
+
+
+def test_what_generation_says():
+    found = rows("generation", "small", LM2_attend=100, nanoGPT=50)
+    found.append(found[0]._replace(model="window, recomputed", tokens_per_s=80))
+    assert conclusion(found, "generation") == (
+        "Speed of LM2 attend: 2.00 times nanoGPT; 1.25 times window, recomputed.")
 
 
 def test_what_reading_says_of_length():
     found = rows("reading", "reading 1", window=100, full_attention=100, LM2_attend=50)
-    found += rows("reading", "reading 2", window=100, full_attention=10, LM2_attend=40)
-    assert conclusion("reading", found) == (
-        "Speed of LM2 attend: 0.40 to 0.50 times window, 0.50 to 4.00 times full attention. "
-        "LM2 attend keeps 0.80 of its speed to the longest text. "
-        "full attention keeps 0.10 of its speed to the longest text.")
+    assert conclusion(found, "reading") == "Speed of LM2 attend: 0.50 times window."
+    found += rows("reading", "reading 2", window=100, full_attention=1, LM2_attend=40)
+    assert conclusion(found, "reading") == (
+        "Speed of LM2 attend: 0.40 to 0.50 times window. "
+        "LM2 attend reads the longest text at 80.0% of its speed in the shortest. "
+        "full attention reads the longest text at 1.0% of its speed in the shortest.")
 
 
 def test_what_the_data_path_says_with_training_and_without():
     found = rows("data", "data, batches", text=900, stories=300)
-    assert conclusion("data", found) == "One core makes 300 tokens of stories a second."
-    found += rows("training", "training, small", LM2_attend=2) + rows(
-        "training", "training, large", LM2_attend=1)
-    assert conclusion("data", found) == (
-        "One core makes 300 tokens of stories a second, 150 times what LM2 attend trains on.")
+    assert conclusion(found, "data") == "One core makes 300 tokens of stories a second."
+    found += rows("training", "small", LM2_attend=2) + rows("training", "large", LM2_attend=1)
+    assert conclusion(found, "data") == (
+        "One core makes 300 tokens of stories a second; LM2 attend trains on 2 at most.")
 
 
 # --- In files
