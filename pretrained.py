@@ -6,7 +6,7 @@ before they are trained.
     python pretrained.py Llama-3.2-1B --out_dir=out/llama     # a folder as Hugging Face writes it
     python pretrained.py model.gguf --mem_layers=8            # the first 8 blocks get a bank
 
-Then `sample.py` and the other programs work with it.
+Then `sample.py`, `eval_mmlu.py`, `look.py --text` and `train.py --init_from` work with it.
 """
 import tempfile
 import zipfile

@@ -4,7 +4,8 @@ Text from a run, written as it is made:
     python sample.py --out_dir=out/shakespeare --start="ROMEO:" --max_new_tokens=500
     python sample.py --out_dir=out/shakespeare --start=FILE:prompt.txt --temperature=0
 
-Prompt and text may have any length: one token costs the same, whatever came before.
+Prompt and text may have any length: one token costs the same, whatever came before, unless the run
+has attention=full.
 """
 import codecs
 import sys

@@ -30,6 +30,12 @@ class FiguresConfig:
     out: str = "results"  # folder of the pictures
 
 
+def experiments():
+    """Names of those in results/ with a TOML file in experiments/: not those of a reader's own."""
+    return [name for name in tables.experiments()
+            if (tables.ROOT / "experiments" / f"{name}.toml").exists()]
+
+
 def draw_experiment(name, path):
     """The picture that compare.py draws of an experiment."""
     results = tables.ROOT / "results"
@@ -50,7 +56,7 @@ def draw_capabilities(path):
 def main():
     config, _ = parse(FiguresConfig, __doc__)
     with user_errors():
-        for name in tables.experiments():
+        for name in experiments():
             path = Path(config.out) / f"{name}.png"
             draw_experiment(name, path)
             print(path)

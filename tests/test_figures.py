@@ -8,6 +8,7 @@ from made_up import answered
 from PIL import Image
 
 from docs import figures
+from docs.assignment import repository_files
 from lib import tables
 from lib.measured import write_results
 
@@ -24,7 +25,7 @@ def pixels(path):
 
 def test_pictures_are_those_of_results(monkeypatch, tmp_path):
     call(monkeypatch, f"--out={tmp_path}")
-    assert {path.stem for path in tmp_path.iterdir()} == {*tables.experiments(), "capabilities"}
+    assert {path.stem for path in tmp_path.iterdir()} == {*figures.experiments(), "capabilities"}
     for path in tmp_path.iterdir():
         drawn, kept = pixels(path), pixels(REPO / "results" / path.name)
         assert drawn.shape == kept.shape, f"call python -m docs.figures for {path.name}"
@@ -36,8 +37,18 @@ def test_each_picture_is_shown_on_a_page():
     text = "".join(page.read_text(encoding="utf-8")
                    for page in [REPO / "README.md", *(REPO / "docs").glob("*.md")])
     shown = {path.split("/")[-1] for path in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", text)}
-    pictures = [*(REPO / "results").glob("*.png"), *(REPO / "docs").glob("*.png")]
-    assert {path.name for path in pictures} == shown
+    ours = [path for path in repository_files(REPO)  # not those of a reader's own experiments
+            if path.suffix == ".png" and path.parts[0] in ("results", "docs")]
+    assert {path.name for path in ours} == shown
+
+
+def test_an_experiment_of_a_readers_own_is_left_to_compare(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for name in ("mine", "ours"):
+        write_results(tmp_path / "results" / f"{name}.csv", [answered("LM2", 1, "10")])
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "ours.toml").touch()
+    assert tables.experiments() == ["mine", "ours"] and figures.experiments() == ["ours"]
 
 
 def test_capabilities_are_means_of_their_tasks(monkeypatch, tmp_path):
