@@ -85,9 +85,9 @@ def each(rows):
 
 
 def speed(name):
-    """Tokens a second: a line for each model, a column for each thing that all of them did."""
+    """Tokens a second: a line for each thing that was done, a column for each model."""
     rows = [row for row in load(name) if row["part"] != "data"]
-    return pivot("tokens a second", rows, "model", "what",
+    return pivot("tokens a second", rows, "what", "model",
                  lambda rows: whole(rows[0]["tokens_per_s"]))
 
 
