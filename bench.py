@@ -37,9 +37,11 @@ from lib.rivals import (
     FULL,
     LLAMA,
     NANOGPT,
+    PLAIN,
     VOCAB,
     WINDOW,
     HuggingFaceLlama,
+    OursAsLlama,
     as_if_trained,
     name_of,
     nanogpt,
@@ -179,14 +181,15 @@ class Bench:
             if self.config.plot:
                 write_plot(self.config.plot, self.rows)
 
-    def models(self, size, with_nanogpt=False, with_llama=False):
-        """{rival: model}, with those that are not ours where they can take part and are wanted."""
+    def models(self, size, others=()):
+        """{rival: model}; others: those that are not ours and can take part, if they are wanted."""
         models = {name: as_if_trained(config, self.device)
                   for name, config in rivals(size).items()}
-        if with_nanogpt and self.config.nanogpt:
+        if NANOGPT in others and self.config.nanogpt:
             model = nanogpt(self.config.nanogpt, LM2Config(VOCAB, **size))
             models[NANOGPT] = model.to(self.device).eval()
-        if with_llama and self.config.transformers:
+        if LLAMA in others and self.config.transformers:
+            models[PLAIN] = OursAsLlama(rivals(size)[FULL]).to(self.device)
             models[LLAMA] = HuggingFaceLlama(rivals(size)[FULL]).to(self.device)
         return models
 
@@ -217,7 +220,7 @@ class Bench:
             length = segments * size["block_size"]
             idx = self.random_tokens(max(1, self.step_tokens // length), length)
             torch.compiler.reset()  # it compiles a function for eight shapes, no more
-            models = self.models(size, with_nanogpt=segments == 1, with_llama=True)
+            models = self.models(size, others=(LLAMA, NANOGPT) if segments == 1 else (LLAMA,))
             jobs, flops = {}, {}
             for name, model in models.items():
                 step = training_step(model, self.context, idx, self.config.compile)
@@ -238,7 +241,7 @@ class Bench:
         shapes = [(1, n) for n in up_to(self.config.max_length, (64, 1024, 16384))] + [(16, 64)]
         for size, (rows, length) in product(self.sizes, shapes):
             idx = self.random_tokens(rows, length)
-            models = self.models(size, with_nanogpt=True)
+            models = self.models(size, others=(NANOGPT,))
             streams = {f"{WINDOW}, recomputed": partial(recompute, models[WINDOW])}
             for name, model in models.items():
                 is_ours = isinstance(model, LM2)
@@ -307,7 +310,7 @@ class Bench:
         for size in self.sizes:
             length = 16 * size["block_size"]
             idx = self.random_tokens(max(1, self.step_tokens // length), length)
-            models = self.models(size, with_nanogpt=True)
+            models = self.models(size, others=(NANOGPT,))
             generator = as_if_trained(rivals(size)[ATTEND], self.device)
             jobs = {name: self.step_with_data(models[name], idx)
                     for name in (WINDOW, "RMT", ATTEND)}

@@ -3,6 +3,7 @@ The models that bench.py compares: ours of one size, nanoGPT, and the Llama of H
 transformers. How each is trained, and how one without a cache writes.
 """
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
@@ -17,7 +18,8 @@ from lm2 import LM2, MLP, LM2Config, draw_token
 
 VOCAB = 512  # tokens that each model knows
 WINDOW, FULL, ATTEND = "window", "full attention", "LM2 attend"  # names of ours
-NANOGPT, LLAMA = "nanoGPT", "Hugging Face's Llama"               # and of others
+NANOGPT, LLAMA = "nanoGPT", "Hugging Face's Llama"               # of others
+PLAIN = "full attention as a Llama"                              # of ours beside others
 
 
 def name_of(size):
@@ -111,13 +113,27 @@ class HuggingFaceLlama(nn.Module):
         return out.logits, out.loss
 
 
+class OursAsLlama(nn.Module):
+    """Our decoder without what a Llama does not have: QK-norm here, Muon in `optimizers_of`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = replace(config, qk_norm=False)
+        self.decoder = LM2(self.config)
+
+    def forward(self, idx, targets):
+        """idx, targets (B, L) -> logits (B, L, vocab_size), loss"""
+        logits, loss, _ = self.decoder(idx, targets)
+        return logits, loss
+
+
 # --- How they are trained, and write
 
 def optimizers_of(model):
     """What its own project trains a model with: ours with Muon and AdamW, the others with AdamW."""
     if isinstance(model, LM2):
         return make_optimizers(model, learning_rate=0.02, adam_lr=2e-3, weight_decay=0.0)
-    if isinstance(model, HuggingFaceLlama):
+    if isinstance(model, (HuggingFaceLlama, OursAsLlama)):
         return [torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)]
     return [nanogpt_optimizer(model, next(model.parameters()).device)]
 

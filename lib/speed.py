@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data.files import atomic_open
-from lib.rivals import ATTEND, FULL, LLAMA, NANOGPT
+from lib.rivals import ATTEND, FULL, LLAMA, NANOGPT, PLAIN
 
 NOTES = {"peak_memory_mib": "MiB", "mfu_percent": "% MFU",
          "first_token_ms": "ms to the first token"}
@@ -80,13 +80,14 @@ def conclusion(rows, part):
         trained = speeds(rows, "training", ATTEND).values()
         more = f"; {ATTEND} trains on {max(trained):,.0f} at most" if trained else ""
         return f"One core makes {made:,.0f} tokens of stories a second{more}."
-    see_all = [name for name in models if name in (FULL, NANOGPT, LLAMA)]
+    see_all = [name for name in models if name in (FULL, PLAIN, NANOGPT, LLAMA)]
     others = [name for name in models if name != ATTEND]
     if part == "generation":
         return " ".join(times(rows, part, ATTEND, others))
     sentences = times(rows, part, ATTEND, [name for name in others if name not in see_all])
     if part == "training":
-        sentences += times(rows, part, FULL, [name for name in see_all if name != FULL])
+        ours = PLAIN if PLAIN in models else FULL
+        sentences += times(rows, part, ours, [name for name in see_all if name != ours])
         return " ".join(sentences)
     for name in (ATTEND, FULL):  # reading
         first, *longer = speeds(rows, part, name).values()

@@ -130,12 +130,14 @@ def test_the_llama_of_hugging_face_takes_part_in_training(small, without_peak_me
         return as_if_trained(config, torch.device("cpu"))
 
     monkeypatch.setattr(bench, "HuggingFaceLlama", stand_in)
+    monkeypatch.setattr(bench, "OursAsLlama", stand_in)
     small.config.transformers = True
     small.check()
     small.training()
-    found = [row.what for row in small.rows if row.model == "Hugging Face's Llama"]
-    assert found == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)]
-    assert len(asked) == 4 and set(asked[1:]) == {(2, 16)}  # the first says whether it is there
+    for name in ("Hugging Face's Llama", "full attention as a Llama"):
+        found = [row.what for row in small.rows if row.model == name]
+        assert found == [f"training, 2 x 16, {n} segments of 8" for n in (1, 4, 16)]
+    assert asked == 7 * [(2, 16)]  # the first says whether it is there
 
 
 def test_profile_names_the_parts_of_the_block_and_the_floor(small, capsys):

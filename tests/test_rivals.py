@@ -8,6 +8,7 @@ import torch
 from lib.measure import training_flops
 from lib.rivals import (
     HuggingFaceLlama,
+    OursAsLlama,
     as_if_trained,
     nanogpt,
     optimizers_of,
@@ -122,10 +123,20 @@ def test_the_llama_of_hugging_face_has_the_shape_of_ours_and_trains(transformers
     assert not torch.equal(before, rival.llama.embed_tokens.weight)
 
 
-def test_the_llama_of_hugging_face_trains_with_adamw_as_nanogpt_does(transformers):
-    optimizer, = optimizers_of(HuggingFaceLlama(rivals(SIZE)["full attention"]))
-    assert type(optimizer) is torch.optim.AdamW
-    assert optimizer.defaults["weight_decay"] == 0 and optimizer.defaults["fused"]
+def test_the_llama_of_hugging_face_trains_with_adamw_and_so_does_ours_beside_it(transformers):
+    for rival in (HuggingFaceLlama, OursAsLlama):
+        optimizer, = optimizers_of(rival(rivals(SIZE)["full attention"]))
+        assert type(optimizer) is torch.optim.AdamW
+        assert optimizer.defaults["weight_decay"] == 0 and optimizer.defaults["fused"]
+
+
+def test_ours_as_a_llama_has_no_qk_norm_and_trains():
+    ours = OursAsLlama(rivals(SIZE)["full attention"])
+    assert not ours.decoder.config.qk_norm and ours.decoder.config.attention == "full"
+    before = [p.clone() for p in ours.parameters()]
+    step = training_step(ours, FLOAT32, idx(2, 24))
+    step(), step()  # the head is zero at first, and nothing behind it learns in the first step
+    assert not any(torch.equal(p, q) for p, q in zip(ours.parameters(), before))
 
 
 def test_without_transformers_one_line_says_what_to_do(monkeypatch):

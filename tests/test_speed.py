@@ -46,6 +46,11 @@ def test_what_training_says_of_ours_and_of_those_of_others():
     assert conclusion(found, "training") == (
         "Speed of LM2 attend: 0.75 to 0.80 times window. "
         "Speed of full attention: 1.60 times nanoGPT.")
+    for what in ("small", "large"):
+        found += rows("training", what, full_attention_as_a_Llama=100)
+    assert conclusion(found, "training").endswith(
+        " Speed of full attention as a Llama: 1.25 to 11.11 times full attention; "
+        "2.00 times nanoGPT.")
 
 
 def test_what_generation_says():
