@@ -12,37 +12,28 @@ call does nothing. Runs lie in --out_dir. What is stopped goes on with the same 
 """
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.babilong import parse_length
-from data.files import read_utf8
 from eval_babilong import EvalConfig
 from lib import experiment as ex
-from lib import measured, tables
+from lib import measured, programs, tables
 from lib.config import at_least, from_dict, parse, user_errors
 from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
 from lib.figure import plot
+from lib.programs import Failed, Programs, locked
 from train import TrainConfig
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 TRAINED_PER_SECOND = 4_000  # tokens, of the small models of config/ on one core: to guess times by
 READ_PER_SECOND = 25_000
-POLL = 1.0  # seconds between two looks at the programs that run
 
 
 @dataclass
@@ -75,10 +66,6 @@ def listed(text):
 
 # --- Jobs
 
-class Failed(Exception):
-    """A program ended with an error, which the message repeats."""
-
-
 @dataclass
 class Job:
     """A row and a seed: its run is to be trained, asked, and recorded."""
@@ -91,7 +78,11 @@ class Job:
 
     @property
     def name(self):
-        return f"{self.experiment.name}: {self.row.name}, seed {self.seed}"
+        return self.name_of(self.row.name)
+
+    def name_of(self, row):
+        """The name of the job of a row, of the same seed."""
+        return f"{self.experiment.name}: {row}, seed {self.seed}"
 
     @property
     def before(self):
@@ -169,62 +160,7 @@ def find_jobs(experiment, config, rows):
     return sorted(jobs, key=lambda job: (job.seed, names.index(job.row.name)))
 
 
-# --- Programs
-
-class Programs:
-    """The programs that run now: they are stopped together."""
-
-    def __init__(self, threads):
-        self.threads, self.running, self.stopped = threads, set(), False
-
-    def stop(self):
-        self.stopped = True
-        for process in list(self.running):
-            process.send_signal(signal.SIGINT)
-
-    def call(self, program, flags, output, lock, watch=lambda: None):
-        """
-        Run a Python program; watch() is called every POLL seconds. The program keeps the lock of
-        its run, should this one be killed. Raises Failed, KeyboardInterrupt where it was stopped.
-        """
-        if self.stopped:
-            raise KeyboardInterrupt
-        env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | {"TQDM_DISABLE": "1"}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with open(output, "w", encoding="utf-8") as f:
-            process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
-                                       stderr=f, start_new_session=True,
-                                       pass_fds=[lock.fileno()] if fcntl else [])
-        self.running.add(process)
-        try:
-            while process.poll() is None:
-                time.sleep(POLL)
-                watch()
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                process.wait()
-            self.running.discard(process)
-        watch()
-        if self.stopped:
-            raise KeyboardInterrupt
-        if process.returncode:
-            *_, last = read_utf8(output).strip().splitlines() or ["it said nothing"]
-            reason = f"signal {-process.returncode}: " if process.returncode < 0 else ""
-            raise Failed(f"{reason}{last} (all of it: {output})")
-
-
-@contextmanager
-def locked(folder):
-    """A run is for one compare.py at a time -> the lock, an open file. Raises Failed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as f:
-        try:
-            fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Failed(f"another compare.py works on {folder}: wait for it") from None
-        yield f
-
+# --- Work
 
 class Work:
     """What the threads that work on jobs share."""
@@ -233,15 +169,15 @@ class Work:
         self.config, self.programs, self.known = config, programs, known
         self.failed = {}  # name of a job: why
         self.saving = threading.Lock()
-        self.folders = defaultdict(threading.Lock)  # two rows may have one run
 
     def do(self, job):
         """Train, ask and record. What fails is noted in `failed`."""
         try:
             training, asking = job.seconds(self.known)
             share = training / max(training + asking, 1e-9)
-            self.wait_for_runs(job)
-            with self.folders[job.folder], locked(job.folder) as lock:
+            for missing in self.missing_runs(job):
+                raise Failed(f"it needs {missing}, which failed")
+            with locked(job.folder) as lock:
                 if not job.trained:
                     self.train(job, share, lock)
                 job.done = share
@@ -262,19 +198,17 @@ class Work:
     def code_of(self, job):
         return ex.code_folder(job.experiment.trained(job.row), self.config.out_dir)
 
-    def wait_for_runs(self, job):
-        """Until the runs that a job needs are there. Raises Failed where one of them failed."""
+    def missing_runs(self, job):
+        """Names of the jobs whose runs a job needs and that are not there yet, a set."""
+        found = set()
         for name in job.before:
             row = job.experiment.named(name)
             folder = ex.folder_of(job.experiment, row, job.seed, self.config.out_dir)
             # its number of parameters is known as soon as it has begun
-            while not (ex.is_trained(folder)
-                       or name == job.row.match and (folder / "ckpt.pt").exists()):
-                if f"{job.experiment.name}: {name}, seed {job.seed}" in self.failed:
-                    raise Failed(f"it needs the run of {name}, which failed")
-                if self.programs.stopped:
-                    raise KeyboardInterrupt
-                time.sleep(POLL)
+            begun = name == job.row.match and (folder / "ckpt.pt").exists()
+            if not (begun or ex.is_trained(folder)):
+                found.add(job.name_of(name))
+        return found
 
     def train(self, job, share, lock):
         """Train the run of a job, or go on with it; the time is noted in times.csv."""
@@ -306,19 +240,27 @@ class Work:
 
 
 def run_jobs(jobs, config, threads, known):
-    """Run all jobs, config.jobs at a time -> {name of a job: why it failed}"""
+    """Run all jobs, config.jobs at a time, as soon as they can -> {name of a job: why it failed}"""
     work = Work(config, Programs(threads), known)
     weights = [sum(job.seconds(known)) for job in jobs]
     layout = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
     with (ThreadPoolExecutor(config.jobs) as pool,
           tqdm(total=sum(weights), bar_format=layout, disable=not jobs) as bar):
-        futures = [pool.submit(work.do, job) for job in jobs]
+        waiting, running = list(jobs), {}  # {future: job}
         try:
-            while futures:
-                finished, futures = wait(futures, timeout=POLL, return_when=FIRST_COMPLETED)
+            while waiting or running:
+                for job in list(waiting):
+                    to_come = {other.name for other in [*waiting, *running.values()]}
+                    busy = {other.folder for other in running.values()}  # rows may share a run
+                    can_begin = job.folder not in busy and not work.missing_runs(job) & to_come
+                    if can_begin and len(running) < config.jobs:
+                        waiting.remove(job)
+                        running[pool.submit(work.do, job)] = job
+                finished, _ = wait(running, timeout=programs.POLL, return_when=FIRST_COMPLETED)
                 bar.n = sum(job.done * weight for job, weight in zip(jobs, weights))
                 bar.set_postfix_str("; ".join(job.name for job in jobs if 0 < job.done < 1))
                 for future in finished:
+                    running.pop(future)
                     future.result()
         except KeyboardInterrupt:
             work.programs.stop()

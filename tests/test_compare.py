@@ -14,7 +14,7 @@ from conftest import REPO, SMALL, is_one_line
 
 import compare
 from lib import experiment as ex
-from lib import measured
+from lib import measured, programs
 
 TRAIN = '''
 import json, pathlib, signal, sys, time
@@ -38,7 +38,9 @@ if not begin:
     log.write_text("step,val_loss,accuracy\\n")
 slow = json.loads((out / "config.json").read_text())["train"]["slow"]
 for step in range(begin, 5):
-    while slow and step == 2 and not stopped and "resume" not in flags:
+    waits = slow and step == 2 and "resume" not in flags
+    end = time.monotonic() + 60 * waits
+    while time.monotonic() < end and not stopped and not (out.parent / "release").exists():
         time.sleep(0.01)
     (out / "ckpt.pt").touch()
     if stopped:
@@ -80,7 +82,7 @@ until = { accuracy = 0.5 }
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     """A folder with the quick programs, and an experiment of three rows."""
-    monkeypatch.setattr(compare, "POLL", 0.02)
+    monkeypatch.setattr(programs, "POLL", 0.02)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quick").mkdir()
     (tmp_path / "quick/train.py").write_text(TRAIN)
@@ -206,8 +208,20 @@ def test_a_failing_row_costs_only_itself_and_is_named(lab, run):
     assert {row["row"] for row in lab.results()} == {"base", "last"} and "| last |" in out
     lines = [line for line in err.splitlines() if line.startswith("error:")]
     assert lines[0].startswith("error: mine: bad, seed 1 failed: error: fail=1 was asked for")
-    assert lines[1] == ("error: mine: needs bad, seed 1 failed: it needs the run of bad, which "
+    assert lines[1] == ("error: mine: needs bad, seed 1 failed: it needs mine: bad, seed 1, which "
                         "failed")
+
+
+def test_a_job_that_has_to_wait_lets_others_go_first(lab, run):
+    lab.write('[[row]]\nname = "base"\nflags = "--slow=1"',
+              '[[row]]\nname = "asked otherwise"\nrun_of = "base"\nask_flags = "--rag=10"',
+              '[[row]]\nname = "goes on"\ninit_from = "base"', '[[row]]\nname = "last"')
+    release = '(pathlib.Path(run).parent / "release").touch()\n'  # base trains until then
+    (lab.folder / "quick/eval_babilong.py").write_text(EVAL + release)
+    code, _, err = run("--jobs=2", "--seeds=1")
+    assert code == 0, err
+    kinds = [call.split()[0] for call in lab.calls()]
+    assert kinds[:4] == ["train", "train", "ask", "ask"]
 
 
 def ignore_interrupts():
@@ -219,7 +233,7 @@ def ignore_interrupts():
 def begun(lab):
     """A compare.py in a process of its own, whose training waits in step 2 -> process, its log"""
     lab.write('[[row]]\nname = "base"\nflags = "--slow=1"')
-    script = "import compare; compare.POLL = 0.02; compare.main()"
+    script = "import compare; compare.programs.POLL = 0.02; compare.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, "mine.toml", "--seeds=1", "--jobs=1"], cwd=lab.folder,
         env=os.environ | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True,
@@ -275,7 +289,7 @@ def test_what_was_answered_is_recorded_length_by_length(lab, run):
 def test_a_run_is_for_one_compare_alone(lab, run):
     experiment = ex.load(lab.folder / "mine.toml")
     folder = ex.folder_of(experiment, experiment.row[0], 1, "out/compare")
-    with compare.locked(folder):
+    with programs.locked(folder):
         code, _, err = run("--seeds=1", "--only=base")
     assert code == 1 and f"another compare.py works on {folder}: wait for it" in err
     assert not (lab.folder / "results").exists()
@@ -356,21 +370,6 @@ def test_losses_are_those_of_the_best_step_and_minutes_those_until_a_figure(lab)
     assert measured.reached(experiment, "minutes until val_loss 1.6", log, times) == "1.10"
     experiment.until = {"val_loss": 1.4}
     assert measured.reached(experiment, "minutes until val_loss 1.4", log, times) == ""
-
-
-def test_jobs_share_the_cores_unless_the_user_says_how_many_threads(tmp_path, monkeypatch):
-    program = tmp_path / "threads.py"
-    program.write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
-
-    def threads():
-        with open(tmp_path / "lock", "w") as lock:
-            compare.Programs(3).call(program, [], tmp_path / "said.txt", lock)
-        return (tmp_path / "said.txt").read_text().strip()
-
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    assert threads() == "3"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads() == "1"
 
 
 # --- The real programs

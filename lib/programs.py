@@ -1,0 +1,78 @@
+"""
+The programs that compare.py runs beside one another: each for one run, which it locks, and all
+stopped together.
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+from data.files import read_utf8
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+POLL = 1.0  # seconds between two looks at the programs that run
+
+
+class Failed(Exception):
+    """A program ended with an error, which the message repeats."""
+
+
+class Programs:
+    """The programs that run now: they are stopped together."""
+
+    def __init__(self, threads):
+        self.threads, self.running, self.stopped = threads, set(), False
+
+    def stop(self):
+        self.stopped = True
+        for process in list(self.running):
+            process.send_signal(signal.SIGINT)
+
+    def call(self, program, flags, output, lock, watch=lambda: None):
+        """
+        Run a Python program; watch() is called every POLL seconds. The program keeps the lock of
+        its run, should this one be killed. Raises Failed, KeyboardInterrupt where it was stopped.
+        """
+        if self.stopped:
+            raise KeyboardInterrupt
+        env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | {"TQDM_DISABLE": "1"}
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with open(output, "w", encoding="utf-8") as f:
+            process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
+                                       stderr=f, start_new_session=True,
+                                       pass_fds=[lock.fileno()] if fcntl else [])
+        self.running.add(process)
+        try:
+            while process.poll() is None:
+                time.sleep(POLL)
+                watch()
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+            self.running.discard(process)
+        watch()
+        if self.stopped:
+            raise KeyboardInterrupt
+        if process.returncode:
+            *_, last = read_utf8(output).strip().splitlines() or ["it said nothing"]
+            reason = f"signal {-process.returncode}: " if process.returncode < 0 else ""
+            raise Failed(f"{reason}{last} (all of it: {output})")
+
+
+@contextmanager
+def locked(folder):
+    """A run is for one compare.py at a time -> the lock, an open file. Raises Failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as f:
+        try:
+            fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Failed(f"another compare.py works on {folder}: wait for it") from None
+        yield f

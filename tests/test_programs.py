@@ -1,0 +1,40 @@
+"""lib/programs.py: the programs that compare.py runs; tests/test_compare.py stops and kills them."""
+import pytest
+
+from lib.programs import Failed, Programs, locked
+
+
+@pytest.fixture
+def call(tmp_path):
+    """Run the source of a program -> what it said."""
+    def call(source, threads=1):
+        (tmp_path / "program.py").write_text(source)
+        with locked(tmp_path / "run") as lock:
+            Programs(threads).call(tmp_path / "program.py", [], tmp_path / "said.txt", lock)
+        return (tmp_path / "said.txt").read_text().strip()
+    return call
+
+
+def test_jobs_share_the_cores_unless_the_user_says_how_many_threads(call, monkeypatch):
+    source = "import os; print(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert call(source, threads=3) == "3"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert call(source, threads=3) == "1"
+
+
+@pytest.mark.parametrize("source, reason", [
+    ("raise SystemExit('error: no text')", "^error: no text .all of it: .*said.txt"),
+    ("import sys; sys.exit(2)", "^it said nothing"),
+    ("import os; print('so far', flush=True); os.kill(os.getpid(), 9)", "^signal 9: so far")])
+def test_a_program_that_fails_is_named_with_its_last_line(call, source, reason):
+    with pytest.raises(Failed, match=reason):
+        call(source)
+
+
+def test_a_run_is_locked_once(tmp_path):
+    with locked(tmp_path), pytest.raises(Failed, match="another compare.py works on"):
+        with locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
