@@ -74,6 +74,7 @@ class Job:
     seed: int
     keys: list          # what is missing of it, see Experiment.wanted
     folder: Path        # of its run
+    size: str = ""      # parameters of the row to match, where results know them
     done: float = 0.0   # the share that is done
 
     @property
@@ -87,7 +88,7 @@ class Job:
     @property
     def before(self):
         """Names of the rows whose runs this one needs, to begin or to answer."""
-        names = (self.row.match, self.row.init_from, self.row.run_of)
+        names = (not self.size and self.row.match, self.row.init_from, self.row.run_of)
         return [] if self.trained else [name for name in names if name]
 
     @property
@@ -149,11 +150,13 @@ def find_jobs(experiment, config, rows):
               if (not only or row.name in only) and (not seeds or seed in seeds)]
     keys = {(row.name, seed): measured.missing(experiment, row, seed, rows, config.again)
             for row, seed in chosen}
+    sizes = {row["run"]: row["parameters"] for row in rows}
     jobs = []
     for row in reversed(experiment.row):  # a row needs rows above it only
+        size = row.match and sizes.get(ex.run_id(experiment, experiment.named(row.match)), "")
         for seed in sorted({seed for _, seed in keys}, reverse=True):
             folder = ex.folder_of(experiment, row, seed, config.out_dir)
-            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder)
+            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder, size)
             needed = any(row.name in other.before and other.seed == seed for other in jobs)
             if job.keys or needed and not job.trained:
                 jobs.append(job)
@@ -212,7 +215,7 @@ class Work:
 
     def train(self, job, share, lock):
         """Train the run of a job, or go on with it; the time is noted in times.csv."""
-        flags = ex.train_flags(job.experiment, job.row, job.seed, self.config.out_dir)
+        flags = ex.train_flags(job.experiment, job.row, job.seed, self.config.out_dir, job.size)
         times = job.folder / "times.csv"
         if "--resume" not in flags:
             times.unlink(missing_ok=True)

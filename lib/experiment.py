@@ -286,8 +286,11 @@ def folder_of(experiment, row, seed, out_dir):
     return Path(out_dir) / f"{preset}-{seed}-{train_id(experiment, row)}"
 
 
-def train_flags(experiment, row, seed, out_dir):
-    """The flags of train.py that train a run, or go on with it."""
+def train_flags(experiment, row, seed, out_dir, size=""):
+    """
+    The flags of train.py that train a run, or go on with it. size: the parameters of the row to
+    match, where they are known; else those of its run count.
+    """
     folder = folder_of(experiment, row, seed, out_dir)
     if (folder / "ckpt.pt").exists():
         return ["--resume", f"--out_dir={folder}"]
@@ -296,8 +299,8 @@ def train_flags(experiment, row, seed, out_dir):
     flags = [f"--config={experiment.preset_of(row)}", *shlex.split(row.flags),
              f"--seed={seed_now}", f"--out_dir={folder}", "--overwrite"]
     if row.match:
-        size = folder_of(experiment, experiment.named(row.match), seed, out_dir)
-        flags.append(f"--match_params={size}")
+        run = folder_of(experiment, experiment.named(row.match), seed, out_dir)
+        flags.append(f"--match_params={size or run}")
     if row.init_from:
         before = folder_of(experiment, experiment.named(row.init_from), seed, out_dir)
         flags.append(f"--init_from={before}")

@@ -213,10 +213,11 @@ def leave_group(worker):
 
 def matched_mlp_ratio(config):
     """
-    The mlp_ratio that gives as many parameters as the run in match_params has. Raises ValueError
-    where none comes within 2%.
+    The mlp_ratio that gives as many parameters as match_params says, or the run in that folder has.
+    Raises ValueError where none comes within 2%.
     """
-    wanted = checkpoint.load_config(config.match_params)["parameters"]
+    said = config.match_params
+    wanted = int(said) if said.isdecimal() else checkpoint.load_config(said)["parameters"]
     with torch.device("meta"):
         model = checkpoint.make_model(config.model_config())
     hidden = model.blocks[0].mlp.w_up.out_features
@@ -230,8 +231,8 @@ def matched_mlp_ratio(config):
             matched = checkpoint.make_model(replace(config, mlp_ratio=ratio).model_config())
         found = sum(p.numel() for p in matched.parameters())
     if abs(found - wanted) > 0.02 * wanted:
-        raise ValueError(f"match_params={config.match_params} has {wanted:,} parameters, which no "
-                         "mlp_ratio gives here: change n_embd or n_layer")
+        raise ValueError(f"match_params={said} asks for {wanted:,} parameters, which no mlp_ratio "
+                         "gives here: change n_embd or n_layer")
     return ratio
 
 

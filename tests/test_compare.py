@@ -22,7 +22,7 @@ flags = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:
 out = pathlib.Path(flags["out_dir"])
 with open(out.parent / "calls.txt", "a") as f:
     f.write("train " + " ".join(sys.argv[1:]) + "\\n")
-if "match_params" in flags:
+if "match_params" in flags and flags["match_params"] != "1000":
     assert (pathlib.Path(flags["match_params"]) / "config.json").exists()
 if "init_from" in flags:
     assert (pathlib.Path(flags["init_from"]) / "best.pt").exists()
@@ -182,6 +182,15 @@ def test_only_and_seeds_choose_and_what_they_need_is_trained(lab, run):
     assert len(trained) == 2 and all("--seed=2" in call for call in trained)
     run("--jobs=2")
     assert sum(call.startswith("train") for call in lab.calls()) == 4
+
+
+def test_a_row_to_match_is_not_trained_again_where_results_know_its_size(lab, run):
+    assert run("--only=base", "--seeds=1")[0] == 0
+    code, _, err = run("--only=wide", "--seeds=2", "--out_dir=out/elsewhere")
+    assert code == 0, err
+    calls = (lab.folder / "out/elsewhere/calls.txt").read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["train", "ask", "ask"]
+    assert "--match_params=1000" in calls[0]
 
 
 def test_a_dry_run_says_what_would_be_run_and_runs_nothing(lab, run):

@@ -193,6 +193,7 @@ def test_flags_train_and_ask_what_the_rows_say(load, tmp_path):
     assert flags == [f"--config={ROOT}/config/babilong_qa1.toml", "--memory=rmt", "--seed=2",
                      f"--out_dir={folders['RMT']}", "--overwrite",
                      f"--match_params={folders['LM2']}"]
+    assert ex.train_flags(experiment, rmt, 2, tmp_path, "1000")[-1] == "--match_params=1000"
     flags = ex.train_flags(experiment, more, 2, tmp_path)
     assert f"--init_from={folders['LM2']}" in flags and "--seed=2" not in flags, \
         "a run that goes on sees other stories"

@@ -1,4 +1,4 @@
-"""lib/programs.py: the programs that compare.py runs; tests/test_compare.py stops and kills them."""
+"""lib/programs.py: programs that compare.py runs; tests/test_compare.py stops and kills them."""
 import pytest
 
 from lib.programs import Failed, Programs, locked

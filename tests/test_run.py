@@ -191,6 +191,8 @@ def test_an_mlp_is_widened_to_the_size_of_a_run(tmp_path, memory):
     found = sum(p.numel() for p in checkpoint.make_model(matched.model_config()).parameters())
     wanted = checkpoint.load_config(tmp_path)["parameters"]
     assert abs(found - wanted) <= 0.02 * wanted
+    by_number = replace(config, match_params=str(wanted))
+    assert run.matched_mlp_ratio(by_number) == matched.mlp_ratio
 
 
 @pytest.mark.parametrize("parameters", [1, 10 ** 15])
