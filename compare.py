@@ -74,6 +74,7 @@ class Job:
     seed: int
     keys: list          # what is missing of it, see Experiment.wanted
     folder: Path        # of its run
+    needs: dict         # {row: folder} of the runs that it builds on
     size: str = ""      # parameters of the row to match, where results know them
     done: float = 0.0   # the share that is done
 
@@ -87,9 +88,13 @@ class Job:
 
     @property
     def before(self):
-        """Names of the rows whose runs this one needs, to begin or to answer."""
-        names = (not self.size and self.row.match, self.row.init_from, self.row.run_of)
-        return [] if self.trained else [name for name in names if name]
+        """Names of the rows whose runs this one still needs, to begin or to answer."""
+        if self.trained:
+            return []
+        begins = not (self.folder / "ckpt.pt").exists()
+        names = (begins and not self.size and self.row.match, begins and self.row.init_from,
+                 self.row.run_of)
+        return [name for name in names if name]
 
     @property
     def trained(self):
@@ -153,10 +158,13 @@ def find_jobs(experiment, config, rows):
     sizes = {row["run"]: row["parameters"] for row in rows}
     jobs = []
     for row in reversed(experiment.row):  # a row needs rows above it only
-        size = row.match and sizes.get(ex.run_id(experiment, experiment.named(row.match)), "")
+        size = ""
+        if row.match and not row.code:  # another checkout's train.py may not take a number
+            size = sizes.get(ex.run_id(experiment, experiment.named(row.match)), "")
         for seed in sorted({seed for _, seed in keys}, reverse=True):
             folder = ex.folder_of(experiment, row, seed, config.out_dir)
-            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder, size)
+            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder,
+                      ex.needs(experiment, row, seed, config.out_dir), size)
             needed = any(row.name in other.before and other.seed == seed for other in jobs)
             if job.keys or needed and not job.trained:
                 jobs.append(job)
@@ -168,8 +176,8 @@ def find_jobs(experiment, config, rows):
 class Work:
     """What the threads that work on jobs share."""
 
-    def __init__(self, config, programs, known):
-        self.config, self.programs, self.known = config, programs, known
+    def __init__(self, config, threads, known):
+        self.config, self.programs, self.known = config, Programs(threads), known
         self.failed = {}  # name of a job: why
         self.saving = threading.Lock()
 
@@ -205,17 +213,16 @@ class Work:
         """Names of the jobs whose runs a job needs and that are not there yet, a set."""
         found = set()
         for name in job.before:
-            row = job.experiment.named(name)
-            folder = ex.folder_of(job.experiment, row, job.seed, self.config.out_dir)
-            # its number of parameters is known as soon as it has begun
-            begun = name == job.row.match and (folder / "ckpt.pt").exists()
-            if not (begun or ex.is_trained(folder)):
+            # a run's number of parameters is known as soon as it has begun
+            is_size = name not in (job.row.init_from, job.row.run_of)
+            begun = is_size and (job.needs[name] / "ckpt.pt").exists()
+            if not (begun or ex.is_trained(job.needs[name])):
                 found.add(job.name_of(name))
         return found
 
     def train(self, job, share, lock):
         """Train the run of a job, or go on with it; the time is noted in times.csv."""
-        flags = ex.train_flags(job.experiment, job.row, job.seed, self.config.out_dir, job.size)
+        flags = ex.train_flags(job.experiment, job.row, job.seed, job.folder, job.needs, job.size)
         times = job.folder / "times.csv"
         if "--resume" not in flags:
             times.unlink(missing_ok=True)
@@ -229,6 +236,8 @@ class Work:
 
         output = job.folder.with_name(f"{job.folder.name}.txt")
         self.programs.call(self.code_of(job) / "train.py", flags, output, lock, watch)
+        if not job.trained:
+            raise Failed(f"its training was stopped: the same command goes on (see {output})")
 
     def ask(self, job, share, lock):
         """Ask the run of a job what is missing, and record it, length by length."""
@@ -244,7 +253,7 @@ class Work:
 
 def run_jobs(jobs, config, threads, known):
     """Run all jobs, config.jobs at a time, as soon as they can -> {name of a job: why it failed}"""
-    work = Work(config, Programs(threads), known)
+    work = Work(config, threads, known)
     weights = [sum(job.seconds(known)) for job in jobs]
     layout = "{l_bar}{bar}| {elapsed}, {remaining} left{postfix}"
     with (ThreadPoolExecutor(config.jobs) as pool,
@@ -255,8 +264,8 @@ def run_jobs(jobs, config, threads, known):
                 for job in list(waiting):
                     to_come = {other.name for other in [*waiting, *running.values()]}
                     busy = {other.folder for other in running.values()}  # rows may share a run
-                    can_begin = job.folder not in busy and not work.missing_runs(job) & to_come
-                    if can_begin and len(running) < config.jobs:
+                    if (len(running) < config.jobs and job.folder not in busy
+                            and not work.missing_runs(job) & to_come):
                         waiting.remove(job)
                         running[pool.submit(work.do, job)] = job
                 finished, _ = wait(running, timeout=programs.POLL, return_when=FIRST_COMPLETED)
@@ -265,7 +274,7 @@ def run_jobs(jobs, config, threads, known):
                 for future in finished:
                     running.pop(future)
                     future.result()
-        except KeyboardInterrupt:
+        except BaseException:  # the pool would wait for what runs
             work.programs.stop()
             raise
     return work.failed
@@ -311,6 +320,11 @@ def main():
         config.jobs = config.jobs or (cores if pick_device("auto").type == "cpu" else 1)
         experiments = [ex.load(path) for path in config.experiments]
         jobs, known = [], {}
+        names = [experiment.name for experiment in experiments]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two experiments have the name {name}, and would share "
+                                 f"{results / name}.csv: rename a file")
         for experiment in experiments:
             check_flags(experiment)
             rows = measured.read_results(results / f"{experiment.name}.csv")

@@ -72,7 +72,7 @@ class TrainConfig(LM2Config):
     out_dir: str = "out/DATASET"  # folder of the run
     init_from: str = ""           # folder of a run whose weights and shape this one begins with
     freeze: str = ""              # decoder: the banks alone are trained
-    match_params: str = ""        # a number of parameters, or a run with as many: widen the MLP
+    match_params: str = ""        # a number of parameters, or a run: widen the MLP to match it
     resume: bool = False          # go on where the run in out_dir stopped, as it was configured
     overwrite: bool = False       # replace the run in out_dir
 

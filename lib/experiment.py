@@ -286,12 +286,17 @@ def folder_of(experiment, row, seed, out_dir):
     return Path(out_dir) / f"{preset}-{seed}-{train_id(experiment, row)}"
 
 
-def train_flags(experiment, row, seed, out_dir, size=""):
+def needs(experiment, row, seed, out_dir):
+    """{row: folder of its run} of the rows that a row matches, begins with, or answers for."""
+    names = [name for name in (row.match, row.init_from, row.run_of) if name]
+    return {name: folder_of(experiment, experiment.named(name), seed, out_dir) for name in names}
+
+
+def train_flags(experiment, row, seed, folder, needs, size=""):
     """
-    The flags of train.py that train a run, or go on with it. size: the parameters of the row to
-    match, where they are known; else those of its run count.
+    The flags of train.py that train the run in a folder, or go on with it. needs: see there. size:
+    the parameters of the row to match; where they are not known, its run tells them.
     """
-    folder = folder_of(experiment, row, seed, out_dir)
     if (folder / "ckpt.pt").exists():
         return ["--resume", f"--out_dir={folder}"]
     # a run that goes on from another one sees other stories than that one did
@@ -299,11 +304,9 @@ def train_flags(experiment, row, seed, out_dir, size=""):
     flags = [f"--config={experiment.preset_of(row)}", *shlex.split(row.flags),
              f"--seed={seed_now}", f"--out_dir={folder}", "--overwrite"]
     if row.match:
-        run = folder_of(experiment, experiment.named(row.match), seed, out_dir)
-        flags.append(f"--match_params={size or run}")
+        flags.append(f"--match_params={size or needs[row.match]}")
     if row.init_from:
-        before = folder_of(experiment, experiment.named(row.init_from), seed, out_dir)
-        flags.append(f"--init_from={before}")
+        flags.append(f"--init_from={needs[row.init_from]}")
     return flags
 
 

@@ -1,6 +1,6 @@
 """
-The programs that compare.py runs beside one another: each for one run, which it locks, and all
-stopped together.
+The programs that compare.py runs beside one another, all stopped together; and the lock of a run,
+which its program keeps.
 """
 import os
 import signal
@@ -48,6 +48,8 @@ class Programs:
                                        stderr=f, start_new_session=True,
                                        pass_fds=[lock.fileno()] if fcntl else [])
         self.running.add(process)
+        if self.stopped:  # just now: `stop` did not see it
+            process.send_signal(signal.SIGINT)
         try:
             while process.poll() is None:
                 time.sleep(POLL)

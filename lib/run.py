@@ -213,8 +213,8 @@ def leave_group(worker):
 
 def matched_mlp_ratio(config):
     """
-    The mlp_ratio that gives as many parameters as match_params says, or the run in that folder has.
-    Raises ValueError where none comes within 2%.
+    The mlp_ratio that gives as many parameters as match_params says: a number, or the folder of a
+    run that has as many. Raises ValueError where none comes within 2%.
     """
     said = config.match_params
     wanted = int(said) if said.isdecimal() else checkpoint.load_config(said)["parameters"]
@@ -230,7 +230,7 @@ def matched_mlp_ratio(config):
         with torch.device("meta"):
             matched = checkpoint.make_model(replace(config, mlp_ratio=ratio).model_config())
         found = sum(p.numel() for p in matched.parameters())
-    if abs(found - wanted) > 0.02 * wanted:
+    if not found or abs(found - wanted) > 0.02 * wanted:
         raise ValueError(f"match_params={said} asks for {wanted:,} parameters, which no mlp_ratio "
                          "gives here: change n_embd or n_layer")
     return ratio

@@ -22,7 +22,7 @@ flags = dict(word.removeprefix("--").partition("=")[::2] for word in sys.argv[1:
 out = pathlib.Path(flags["out_dir"])
 with open(out.parent / "calls.txt", "a") as f:
     f.write("train " + " ".join(sys.argv[1:]) + "\\n")
-if "match_params" in flags and flags["match_params"] != "1000":
+if "match_params" in flags:
     assert (pathlib.Path(flags["match_params"]) / "config.json").exists()
 if "init_from" in flags:
     assert (pathlib.Path(flags["init_from"]) / "best.pt").exists()
@@ -185,12 +185,45 @@ def test_only_and_seeds_choose_and_what_they_need_is_trained(lab, run):
 
 
 def test_a_row_to_match_is_not_trained_again_where_results_know_its_size(lab, run):
+    def jobs():
+        experiment, rows = ex.load("mine.toml"), measured.read_results("results/mine.csv")
+        config = compare.CompareConfig(["mine.toml"], only="wide", seeds="2", out_dir="elsewhere")
+        return [(job.row.name, job.size) for job in compare.find_jobs(experiment, config, rows)]
+
+    lab.write('[[row]]\nname = "base"', '[[row]]\nname = "wide"\nmatch = "base"')
     assert run("--only=base", "--seeds=1")[0] == 0
-    code, _, err = run("--only=wide", "--seeds=2", "--out_dir=out/elsewhere")
-    assert code == 0, err
-    calls = (lab.folder / "out/elsewhere/calls.txt").read_text().splitlines()
-    assert [call.split()[0] for call in calls] == ["train", "ask", "ask"]
-    assert "--match_params=1000" in calls[0]
+    assert jobs() == [("base", ""), ("wide", "")], "another checkout may not take a number"
+    text = (lab.folder / "mine.toml").read_text()
+    head, _, foot = text.rpartition('code = "quick"\n')
+    (lab.folder / "mine.toml").write_text(head + foot)
+    assert jobs() == [("wide", "1000")]
+    (lab.folder / "quick/lm2.py").write_text("changed = True\n")
+    assert jobs() == [("base", ""), ("wide", "")], "the results are of other code"
+
+
+def test_a_run_that_goes_on_needs_no_other(lab, run):
+    experiment = ex.load("mine.toml")
+    config = compare.CompareConfig(["mine.toml"], only="wide", seeds="1")
+    base, wide = compare.find_jobs(experiment, config, [])
+    wide.folder.mkdir(parents=True)
+    (wide.folder / "ckpt.pt").touch()
+    assert [job.row.name for job in compare.find_jobs(experiment, config, [])] == ["wide"]
+
+
+def test_a_training_that_was_stopped_from_outside_is_no_result(lab, run):
+    quick = lab.folder / "quick/train.py"
+    quick.write_text("import os\n" + TRAIN.replace(
+        "for step in range", "os.kill(os.getpid(), signal.SIGINT)\nfor step in range"))
+    code, _, err = run("--seeds=1", "--only=base")
+    assert code == 1 and "its training was stopped: the same command goes on" in err
+    assert not (lab.folder / "results").exists()
+
+
+def test_two_experiments_of_one_name_are_refused(lab, capsys, monkeypatch):
+    (lab.folder / "other").mkdir()
+    (lab.folder / "other/mine.toml").write_text((lab.folder / "mine.toml").read_text())
+    code, _, err = lab.call(capsys, monkeypatch, "other/mine.toml")
+    assert is_one_line(code, err, "two experiments have the name mine")
 
 
 def test_a_dry_run_says_what_would_be_run_and_runs_nothing(lab, run):

@@ -189,17 +189,27 @@ def test_flags_train_and_ask_what_the_rows_say(load, tmp_path):
     experiment = load(HEAD + ROWS + '[[row]]\nname = "more"\ninit_from = "LM2"')
     lm2, rmt, rag, more = experiment.row
     folders = {row.name: ex.folder_of(experiment, row, 2, tmp_path) for row in experiment.row}
-    flags = ex.train_flags(experiment, rmt, 2, tmp_path)
+
+    def train_flags(row, size=""):
+        needs = ex.needs(experiment, row, 2, tmp_path)
+        return ex.train_flags(experiment, row, 2, folders[row.name], needs, size)
+
+    flags = train_flags(rmt)
     assert flags == [f"--config={ROOT}/config/babilong_qa1.toml", "--memory=rmt", "--seed=2",
                      f"--out_dir={folders['RMT']}", "--overwrite",
                      f"--match_params={folders['LM2']}"]
-    assert ex.train_flags(experiment, rmt, 2, tmp_path, "1000")[-1] == "--match_params=1000"
-    flags = ex.train_flags(experiment, more, 2, tmp_path)
+    assert train_flags(rmt, "1000")[-1] == "--match_params=1000"
+    flags = train_flags(more)
     assert f"--init_from={folders['LM2']}" in flags and "--seed=2" not in flags, \
         "a run that goes on sees other stories"
     folders["RMT"].mkdir()
     (folders["RMT"] / "ckpt.pt").touch()
-    flags = ex.train_flags(experiment, rmt, 2, tmp_path)
+
+    def train_flags(row, size=""):
+        needs = ex.needs(experiment, row, 2, tmp_path)
+        return ex.train_flags(experiment, row, 2, folders[row.name], needs, size)
+
+    flags = train_flags(rmt)
     assert flags == ["--resume", f"--out_dir={folders['RMT']}"]
     flags = ex.ask_flags(experiment, rag, folders["RMT"], "4k", 10)
     assert flags[:4] == [str(folders["RMT"]), "--tasks=qa1,qa6", "--lengths=4k",

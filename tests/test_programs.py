@@ -1,12 +1,15 @@
 """lib/programs.py: programs that compare.py runs; tests/test_compare.py stops and kills them."""
 import pytest
 
+from lib import programs
 from lib.programs import Failed, Programs, locked
 
 
 @pytest.fixture
-def call(tmp_path):
+def call(tmp_path, monkeypatch):
     """Run the source of a program -> what it said."""
+    monkeypatch.setattr(programs, "POLL", 0.02)
+
     def call(source, threads=1):
         (tmp_path / "program.py").write_text(source)
         with locked(tmp_path / "run") as lock:

@@ -195,7 +195,7 @@ def test_an_mlp_is_widened_to_the_size_of_a_run(tmp_path, memory):
     assert run.matched_mlp_ratio(by_number) == matched.mlp_ratio
 
 
-@pytest.mark.parametrize("parameters", [1, 10 ** 15])
+@pytest.mark.parametrize("parameters", [0, 1, 10 ** 15])
 def test_a_size_that_no_mlp_gives_is_refused(tmp_path, parameters):
     config = replace(saved_run(tmp_path), match_params=str(tmp_path), n_layer=1)
     about = json.loads((tmp_path / "config.json").read_text()) | {"parameters": parameters}
