@@ -113,28 +113,21 @@ class HuggingFaceLlama(nn.Module):
         return out.logits, out.loss
 
 
-class OursAsLlama(nn.Module):
+class OursAsLlama(LM2):
     """Our decoder without what a Llama does not have: QK-norm here, Muon in `optimizers_of`."""
 
     def __init__(self, config):
-        super().__init__()
-        self.config = replace(config, qk_norm=False)
-        self.decoder = LM2(self.config)
-
-    def forward(self, idx, targets):
-        """idx, targets (B, L) -> logits (B, L, vocab_size), loss"""
-        logits, loss, _ = self.decoder(idx, targets)
-        return logits, loss
+        super().__init__(replace(config, qk_norm=False))
 
 
 # --- How they are trained, and write
 
 def optimizers_of(model):
-    """What its own project trains a model with: ours with Muon and AdamW, the others with AdamW."""
-    if isinstance(model, LM2):
-        return make_optimizers(model, learning_rate=0.02, adam_lr=2e-3, weight_decay=0.0)
+    """What a model is trained with: ours with Muon and AdamW, as a Llama and others with AdamW."""
     if isinstance(model, (HuggingFaceLlama, OursAsLlama)):
         return [torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0, fused=True)]
+    if isinstance(model, LM2):
+        return make_optimizers(model, learning_rate=0.02, adam_lr=2e-3, weight_decay=0.0)
     return [nanogpt_optimizer(model, next(model.parameters()).device)]
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from small_models import CPU, FLOAT32, SIZE, VOCAB, idx, model
 
 from lib import measure
 from lib.measure import (
@@ -17,22 +18,10 @@ from lib.measure import (
     time_by_scope,
     training_flops,
 )
-from lib.rivals import as_if_trained, training_step
+from lib.rivals import training_step
 from lm2 import MLP, LM2Config, MemoryBank
 
-VOCAB, CPU = 32, torch.device("cpu")
-SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
-FLOAT32 = torch.autocast("cpu", enabled=False)
 LINUX_TELLS = resident("VmHWM") is not None
-
-
-def model(**kwargs):
-    """A model whose head and memory are at work."""
-    return as_if_trained(LM2Config(VOCAB, **{"mem_slots": 4} | SIZE | kwargs), CPU)
-
-
-def idx(*shape):
-    return torch.randint(VOCAB, shape)
 
 
 # --- Time and operations

@@ -4,6 +4,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from small_models import CPU, FLOAT32, SIZE, VOCAB, idx, model
 
 from lib.measure import training_flops
 from lib.rivals import (
@@ -17,19 +18,6 @@ from lib.rivals import (
     training_step,
 )
 from lm2 import LM2Config
-
-VOCAB, CPU = 32, torch.device("cpu")
-SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
-FLOAT32 = torch.autocast("cpu", enabled=False)
-
-
-def model(**kwargs):
-    """A model whose head and memory are at work."""
-    return as_if_trained(LM2Config(VOCAB, **{"mem_slots": 4} | SIZE | kwargs), CPU)
-
-
-def idx(*shape):
-    return torch.randint(VOCAB, shape)
 
 
 def test_rivals_share_a_size_and_differ_in_memory_alone():
@@ -132,7 +120,7 @@ def test_the_llama_of_hugging_face_trains_with_adamw_and_so_does_ours_beside_it(
 
 def test_ours_as_a_llama_has_no_qk_norm_and_trains():
     ours = OursAsLlama(rivals(SIZE)["full attention"])
-    assert not ours.decoder.config.qk_norm and ours.decoder.config.attention == "full"
+    assert not ours.config.qk_norm and ours.config.attention == "full"
     before = [p.clone() for p in ours.parameters()]
     step = training_step(ours, FLOAT32, idx(2, 24))
     step(), step()  # the head is zero at first, and nothing behind it learns in the first step
