@@ -186,8 +186,8 @@ class Work:
         try:
             training, asking = job.seconds(self.known)
             share = training / max(training + asking, 1e-9)
-            for missing in self.missing_runs(job):
-                raise Failed(f"it needs {missing}, which failed")
+            if missing := self.missing_runs(job):
+                raise Failed(f"it needs {' and '.join(sorted(missing))}, which failed")
             with locked(job.folder) as lock:
                 if not job.trained:
                     self.train(job, share, lock)
@@ -261,8 +261,8 @@ def run_jobs(jobs, config, threads, known):
         waiting, running = list(jobs), {}  # {future: job}
         try:
             while waiting or running:
+                to_come = {job.name for job in [*waiting, *running.values()]}
                 for job in list(waiting):
-                    to_come = {other.name for other in [*waiting, *running.values()]}
                     busy = {other.folder for other in running.values()}  # rows may share a run
                     if (len(running) < config.jobs and job.folder not in busy
                             and not work.missing_runs(job) & to_come):
