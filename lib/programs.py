@@ -77,4 +77,7 @@ def locked(folder):
             fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Failed(f"another compare.py works on {folder}: wait for it") from None
-        yield f
+        try:
+            yield f
+        finally:
+            fcntl and fcntl.flock(f, fcntl.LOCK_UN)  # a program that just starts has a copy of f

@@ -1,4 +1,6 @@
 """lib/programs.py: programs that compare.py runs; tests/test_compare.py stops and kills them."""
+import os
+
 import pytest
 
 from lib import programs
@@ -39,5 +41,8 @@ def test_a_run_is_locked_once(tmp_path):
     with locked(tmp_path), pytest.raises(Failed, match="another compare.py works on"):
         with locked(tmp_path):
             pass
+    with locked(tmp_path) as lock:
+        copy = os.dup(lock.fileno())  # as another program has that is being started meanwhile
     with locked(tmp_path):
         pass
+    os.close(copy)
