@@ -3,13 +3,21 @@ import math
 import os
 import subprocess
 import sys
+import time
 from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import REPO
 
-from lib.device import autocast, memory_of, pick_compile, pick_device, pick_dtype
+from lib.device import (
+    autocast,
+    matmul_seconds,
+    memory_of,
+    pick_compile,
+    pick_device,
+    pick_dtype,
+)
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -42,6 +50,13 @@ def test_auto_takes_bfloat16_on_a_cpu_only_where_it_is_clearly_faster(bfloat16_s
         assert pick_dtype("auto", CPU) == picked
         assert pick_dtype("float32", CPU) == "float32"
         assert pick_dtype("bfloat16", CPU) == "bfloat16"
+
+
+def test_a_cpu_is_timed_once_and_briefly():
+    with patch("time.perf_counter", iter(range(99)).__next__):  # a second a look
+        assert matmul_seconds(torch.float64) == matmul_seconds(torch.float64) == 1
+        assert time.perf_counter() == 2, "one product was enough"
+    matmul_seconds.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
