@@ -1,7 +1,7 @@
 """
 The course keeps its promises: each row of docs/course.md is one call, in its hand-out the tests
-that guide fail, and with the bodies put back they pass; and the grader is fooled by no submission
-that hangs, crashes or prints.
+that guide fail, and with the bodies put back the file is again the one that passes them; and the
+grader is fooled by no submission that hangs, crashes or prints.
 
 Hand-outs are tried two at a time. The grader is tried on a course of one line, without torch.
 """
@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import pytest
-from conftest import REPO, copy_sources, is_one_line
+from conftest import REPO, is_one_line
 
 from docs.assignment import (
     ANSWERS,
@@ -80,23 +80,13 @@ def try_hand_out(assignment, made):
     return Tried(said, files, outcome, after == before)
 
 
-def try_whole(folder):
-    """Run the tests that guide of all assignments, with nothing blanked out -> the Outcome"""
-    copy_sources(folder)
-    guides = [assignment.pytest_args for assignment in ASSIGNMENTS]
-    files = dict.fromkeys(file for *some, _, _ in guides for file in some)
-    expression = " or ".join(f"({guide[-1]})" for guide in guides)
-    return run_tests(folder, [*files, "-k", expression], LIMIT)
-
-
 @pytest.fixture(scope="module")
-def tried(checkout, tmp_path_factory):
-    """What came of all assignments: {title: Tried}, and the Outcome of the whole"""
+def tried(checkout):
+    """What came of all assignments: {title: Tried}"""
     made = [hand_out_by_call(assignment, checkout) for assignment in ASSIGNMENTS]
     with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(try_whole, tmp_path_factory.mktemp("whole"))
-        blanked = pool.map(try_hand_out, ASSIGNMENTS, made)
-        return dict(zip([a.title for a in ASSIGNMENTS], blanked)), whole.result()
+        tried = pool.map(try_hand_out, ASSIGNMENTS, made)
+        return dict(zip([a.title for a in ASSIGNMENTS], tried))
 
 
 def test_the_table_has_nine_assignments_and_none_is_overlooked():
@@ -106,7 +96,7 @@ def test_the_table_has_nine_assignments_and_none_is_overlooked():
 
 @each_assignment
 def test_handed_out_all_tests_that_guide_fail(assignment, tried):
-    outcome = tried[0][assignment.title].outcome
+    outcome = tried[assignment.title].outcome
     assert outcome.tests and not outcome.note
     others = {test: why or "passed" for test, why in outcome.tests.items()
               if "NotImplementedError" not in why}
@@ -119,21 +109,19 @@ def test_every_word_of_the_expression_selects_a_test(assignment, tried):
     words = set(re.findall(r"\w+", wanted)) - {"and", "or"}
     assert words
     for word in words:
-        found = tried[0][assignment.title].outcome.tests
+        found = tried[assignment.title].outcome.tests
         assert any(word in test for test in found), f"{word} selects nothing"
 
 
 @each_assignment
-def test_put_back_all_tests_that_guide_pass(assignment, tried):
-    blanked, whole = tried[0][assignment.title], tried[1]
-    assert blanked.as_before, f"{assignment.file} is not as it was"
-    found = {test: whole.tests.get(test, "did not run") for test in blanked.outcome.tests}
-    assert found and not any(found.values()), whole.note
+def test_put_back_the_file_is_the_one_that_passes_them(assignment, tried):
+    """Byte for byte: the other files of this suite run these tests on it."""
+    assert tried[assignment.title].as_before, f"{assignment.file} is not as it was"
 
 
 @each_assignment
 def test_a_hand_out_has_no_answers_no_history_and_no_caches(assignment, tried):
-    said, files, _, _ = tried[0][assignment.title]
+    said, files, _, _ = tried[assignment.title]
     assert {"README.md", "train.py", "docs/course.md", "tests/conftest.py"} <= files
     assert not [file for file in files if file.endswith(".pyc") or file.startswith(".git/")]
     assert "tests/test_course.py" not in files

@@ -94,9 +94,9 @@ def gpt2(monkeypatch):
 @pytest.fixture(scope="module")
 def run(checkout):
     """The folder of a small run."""
-    code, _, err = checkout.run("train.py", "--dataset=babilong", "--corpus=play.txt",
-                                "--tasks=qa1", "--lengths=0k", *SMALL, "--max_iters=1",
-                                "--out_dir=out/tiny", "--overwrite")
+    code, _, err = checkout.call("train.py", "--dataset=babilong", "--corpus=play.txt",
+                                 "--tasks=qa1", "--lengths=0k", *SMALL, "--max_iters=1",
+                                 "--out_dir=out/tiny", "--overwrite")
     assert code == 0, err
     return "out/tiny"
 
