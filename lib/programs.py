@@ -70,7 +70,10 @@ class Programs:
 
 @contextmanager
 def locked(folder):
-    """A run is for one compare.py at a time -> the lock, an open file. Raises Failed."""
+    """
+    A run is for one compare.py at a time -> its lock, an open file, until the block ends. Raises
+    Failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as f:
         try:
@@ -80,4 +83,4 @@ def locked(folder):
         try:
             yield f
         finally:
-            fcntl and fcntl.flock(f, fcntl.LOCK_UN)  # a program that just starts has a copy of f
+            fcntl and fcntl.flock(f, fcntl.LOCK_UN)  # to close f is not enough: a new process may hold a copy

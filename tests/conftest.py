@@ -105,7 +105,7 @@ class Checkout:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A Checkout for the tests of a file: several processes run them, and may come back to it."""
+    """A Checkout that the tests of a file share."""
     return Checkout(tmp_path_factory.mktemp("checkout"))
 
 

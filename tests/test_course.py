@@ -1,7 +1,7 @@
 """
 The course keeps its promises: each row of docs/course.md is one call, in its hand-out the tests
-that guide fail, and with the bodies put back the file is again the one that passes them; and the
-grader is fooled by no submission that hangs, crashes or prints.
+that guide fail, and with the bodies put back they pass; and the grader is fooled by no submission
+that hangs, crashes or prints.
 
 Hand-outs are tried two at a time. The grader is tried on a course of one line, without torch.
 """
@@ -58,7 +58,12 @@ class Tried(NamedTuple):
     said: str          # by the program that made it
     files: set         # all of its files, as paths from its root
     outcome: Outcome   # of the tests that guide, blanked out
-    as_before: bool    # whether the file is as it was, once the bodies are put back
+    as_before: bool    # whether the file is as it was, now that the bodies are put back
+
+
+def handed_out(assignment, checkout):
+    """The folder of a hand-out."""
+    return checkout.folder / call_of(assignment)[-1].removeprefix("--out=")
 
 
 def hand_out_by_call(assignment, checkout):
@@ -66,7 +71,7 @@ def hand_out_by_call(assignment, checkout):
     _, program, *args = call_of(assignment)
     code, out, err = checkout.call(program, *args)
     assert (code, err) == (0, "")
-    return out, checkout.folder / args[-1].removeprefix("--out=")
+    return out, handed_out(assignment, checkout)
 
 
 def try_hand_out(assignment, made):
@@ -77,7 +82,16 @@ def try_hand_out(assignment, made):
     before = (REPO / assignment.file).read_bytes().decode()
     _, bodies = blank_out(before, assignment.functions)
     after = put_back((folder / assignment.file).read_bytes().decode(), bodies)
+    (folder / assignment.file).write_bytes(after.encode())
     return Tried(said, files, outcome, after == before)
+
+
+def try_solved(folder):
+    """Run the tests that guide, of all assignments, in one hand-out solved: all are alike then."""
+    guides = [assignment.pytest_args for assignment in ASSIGNMENTS]
+    files = dict.fromkeys(file for *some, _, _ in guides for file in some)
+    expression = " or ".join(f"({guide[-1]})" for guide in guides)
+    return run_tests(folder, [*files, "-k", expression], LIMIT)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +99,14 @@ def tried(checkout):
     """What came of all assignments: {title: Tried}"""
     made = [hand_out_by_call(assignment, checkout) for assignment in ASSIGNMENTS]
     with ThreadPoolExecutor(2) as pool:
-        tried = pool.map(try_hand_out, ASSIGNMENTS, made)
-        return dict(zip([a.title for a in ASSIGNMENTS], tried))
+        outcomes = pool.map(try_hand_out, ASSIGNMENTS, made)
+        return dict(zip([a.title for a in ASSIGNMENTS], outcomes))
+
+
+@pytest.fixture(scope="module")
+def solved(tried, checkout):
+    """The Outcome of all tests that guide, in a hand-out with its bodies put back."""
+    return try_solved(handed_out(ASSIGNMENTS[0], checkout))
 
 
 def test_the_table_has_nine_assignments_and_none_is_overlooked():
@@ -114,9 +134,11 @@ def test_every_word_of_the_expression_selects_a_test(assignment, tried):
 
 
 @each_assignment
-def test_put_back_the_file_is_the_one_that_passes_them(assignment, tried):
-    """Byte for byte: the other files of this suite run these tests on it."""
+def test_put_back_all_tests_that_guide_pass(assignment, tried, solved):
     assert tried[assignment.title].as_before, f"{assignment.file} is not as it was"
+    guided = tried[assignment.title].outcome.tests
+    found = {test: solved.tests.get(test, "did not run") for test in guided}
+    assert found and not any(found.values()), solved.note
 
 
 @each_assignment
@@ -130,7 +152,7 @@ def test_a_hand_out_has_no_answers_no_history_and_no_caches(assignment, tried):
 
 
 def test_a_hand_out_has_a_page_without_answers(tried, checkout):
-    folder = checkout.folder / call_of(ASSIGNMENTS[0])[-1].removeprefix("--out=")
+    folder = handed_out(ASSIGNMENTS[0], checkout)
     assert (folder / ANSWERS).read_text() == ANSWERS_HANDED_OUT
 
 
@@ -363,9 +385,8 @@ def test_a_test_that_is_reported_twice_fails_if_it_fails_once(tmp_path):
 
 def test_a_hand_out_can_come_back_as_a_submission(tried, checkout):
     assignment = find(["learning rate"])
-    handed_out = checkout.folder / call_of(assignment)[-1].removeprefix("--out=")
-    shutil.copytree(handed_out, checkout.folder / "submitted" / "anna")
-    shutil.copy(REPO / assignment.file, checkout.folder / "submitted" / "anna")
+    submitted = checkout.folder / "submitted" / "anna"
+    shutil.copytree(handed_out(assignment, checkout), submitted)
     code, out, err = checkout.call("docs.grade", "learning rate", "submitted", "--out=rate.csv")
     assert (code, err) == (0, "") and re.fullmatch(r"anna: 1 of 1, \d+ s\nrate.csv\n", out)
 

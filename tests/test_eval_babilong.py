@@ -96,7 +96,7 @@ def run(checkout):
     """The folder of a small run."""
     code, _, err = checkout.call("train.py", "--dataset=babilong", "--corpus=play.txt",
                                  "--tasks=qa1", "--lengths=0k", *SMALL, "--max_iters=1",
-                                 "--out_dir=out/tiny", "--overwrite")
+                                 "--out_dir=out/tiny")
     assert code == 0, err
     return "out/tiny"
 

@@ -168,7 +168,7 @@ def test_cached_generate_equals_recomputing(kwargs):
 @pytest.mark.parametrize("kwargs", [*WRITES, dict(attention="segment"),
                                     dict(memory="none", n_kv_head=1)], ids=str)
 def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):
-    model, idx, real = make_small(n_layer=1, **kwargs), tokens(1, T + 3), torch.compile
+    model, idx, real = make_small(n_layer=2, **kwargs), tokens(1, T + 3), torch.compile
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     expected = list(model.stream(idx, 5 * T, temperature=0))

@@ -42,7 +42,7 @@ def test_a_run_is_locked_once(tmp_path):
         with locked(tmp_path):
             pass
     with locked(tmp_path) as lock:
-        copy = os.dup(lock.fileno())  # as another program has that is being started meanwhile
+        copy = os.dup(lock.fileno())  # like that of a process that is just being started
     with locked(tmp_path):
         pass
     os.close(copy)
