@@ -33,7 +33,7 @@ from lib.origin import origin
 from lib.trace import contributions, read_weights, shares, token_shares, trace
 from lib.trace_figure import draw
 from lib.trace_page import page
-from lib.view import Mark, count_table, kind_of, make_view
+from lib.view import Mark, count_table, kind_of, make_view, told
 
 __all__ = ["contributions", "read_weights", "shares", "token_shares", "trace"]
 MOST_TOKENS = 200_000  # of a text: what is noted of it lies in memory
@@ -50,6 +50,7 @@ class LookConfig:
     start: str = ""        # a text
     seed: int = 1337       # of the story
     n_samples: int = 0     # count over so many stories; 0: look at one
+    block: int = 0         # whose reads and bank are shown, from 1 on; 0: the one that gave most
     # machine
     device: str = "auto"   # auto, cpu, cuda, cuda:N or mps
     # output
@@ -58,7 +59,7 @@ class LookConfig:
     def __post_init__(self):
         if len(self.runs) != 1:
             raise ValueError(f"runs={self.runs} must be one folder: python look.py out/qa1")
-        at_least(self, 0, "seed", "n_samples")
+        at_least(self, 0, "seed", "n_samples", "block")
         if len(list(filter(None, (self.text, self.start, self.n_samples)))) > 1:
             raise ValueError("text, start and n_samples exclude each other: choose one")
         if len(parse_tasks(self.task)) > 1:
@@ -109,8 +110,8 @@ def given_text(tokenizer, config):
     return Passage(ids, [], "", "")
 
 
-def look_at(run, passage, task):
-    """Read a Passage -> its Trace, its View, the run's Answer. Raises ValueError."""
+def look_at(run, passage, task, block=0):
+    """Read a Passage -> its Trace, its View of a block, the run's Answer. Raises ValueError."""
     ids = torch.tensor(passage.ids, device=run.model.head.weight.device)
     found = trace(run.model, ids)
     text, = answer_to(ids[None], run)
@@ -121,7 +122,7 @@ def look_at(run, passage, task):
         answer = Answer(said, is_correct(text, passage.answer, passage.question, LABELS[task]))
         verdict = "right" if answer.correct else f"wrong, it is {passage.answer}"
         title = f"Asked: {passage.question} Answered: {said} ({verdict})"
-    return found, make_view(run.model, run.tokenizer, found, passage.marks, title), answer
+    return found, make_view(run.model, run.tokenizer, found, passage.marks, title, block), answer
 
 
 # --- The program
@@ -131,8 +132,8 @@ def show(view):
     if not view.reads:
         print(view.why)
         return
-    print(f"What the last token read of the memory, in block {view.layer + 1}, was written when "
-          "slots looked at what stands in [ ]:")
+    print(f"What the last token read of the memory, in block {view.layer + 1}, by the segment that "
+          "wrote it, and in [ ] what its slots looked at most:")
     first, others = view.sources[:PRINTED], view.sources[PRINTED:]
     for source in first:
         print(f"{source.share:6.1%}  segment {source.segment}: ...{source.text}...")
@@ -148,7 +149,7 @@ def count(run, config):
     rows, about = [], origin(pick_device(config.device))
     for seed in tqdm(range(config.seed, config.seed + config.n_samples), leave=False):
         passage = hidden_story(run, config.task, config.length, seed)
-        _, view, answer = look_at(run, passage, config.task)
+        _, view, answer = look_at(run, passage, config.task, config.block)
         if not view.reads:
             raise ValueError(view.why)
         written = len(passage.ids) // view.block_size * view.block_size
@@ -157,7 +158,7 @@ def count(run, config):
                          "question": passage.question, "right_answer": passage.answer,
                          "answer": answer.text, "correct": "1" if answer.correct else "0",
                          "block": str(view.layer + 1), "share": f"{view.sources[0].share:.3f}",
-                         "source": kind_of(view), **about})
+                         "source": kind_of(view), "told": "1" if told(view) else "0", **about})
     if not rows:
         raise ValueError(f"length={config.length} is too short, memory has not yet written the "
                          "facts when it is asked: use a greater length")
@@ -198,7 +199,7 @@ def main():
             return
         passage = (hidden_story(run, config.task, config.length, config.seed) if run.haystack
                    else given_text(run.tokenizer, config))
-        found, view, _ = look_at(run, passage, config.task)
+        found, view, _ = look_at(run, passage, config.task, config.block)
     print(f"{view.title}\n{view.subtitle}\n")
     show(view)
     png = draw(run.model, found, view)

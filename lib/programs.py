@@ -83,4 +83,5 @@ def locked(folder):
         try:
             yield f
         finally:
-            fcntl and fcntl.flock(f, fcntl.LOCK_UN)  # to close f is not enough: a new process may hold a copy
+            # to close f is not enough: a process that is just being started may hold a copy
+            fcntl and fcntl.flock(f, fcntl.LOCK_UN)

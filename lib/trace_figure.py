@@ -21,6 +21,7 @@ LABELS = 3                            # places in the text that are named beside
 LEAST = 0.1                           # share that is named
 TOKENS_SHOWN = 16                     # of the last ones, in the picture of their reads
 BLOCKS_NAMED = 5                      # beside their gates, for more there is no room
+SEGMENTS_NAMED = 100                  # by whom their facts are about, for more there is no room
 
 
 def draw(model, found, view):
@@ -32,11 +33,12 @@ def draw(model, found, view):
         put(figure, 0.97, view.title, size=size, weight="bold")
         put(figure, 0.945, view.subtitle, size=9.5, color=PALE)
         draw_shares(figure, view)
-        over = "mean over what the last token reads" if view.reads else "mean over the bank"
+        read = "mean over what the last token reads" if view.reads else "mean over the bank"
+        said = f"gate, white 0, blue 1, {read}"
         g_in = {layer: bank.g_in for layer, bank in found.banks.items()}
         g_forget = {layer: bank.g_forget for layer, bank in found.banks.items()}
-        draw_gates(figure, 0.565, view, g_in, f"What is written: input gate, {over}")
-        draw_gates(figure, 0.43, view, g_forget, f"What is kept: forget gate, {over}")
+        draw_gates(figure, 0.565, view, g_in, f"What is written: input {said}")
+        draw_gates(figure, 0.43, view, g_forget, f"What is kept: forget {said}")
         draw_reads(figure, model, found, view)
         draw_banks(figure, found, view)
         legend(figure, view)
@@ -78,7 +80,7 @@ def draw_shares(figure, view):
     axes = segments_axes(figure, 0.72, 0.175, view, "Where the answer comes from: what its token "
                          f"read, by the segment that wrote it (block {view.layer + 1})")
     clean(axes, "y")
-    axes.set_xlabel("segment", size=9, labelpad=1)
+    axes.set_xlabel("segment; what its slots looked at most stands in [ ]", size=9, labelpad=1)
     if not view.reads:
         axes.text(0.5, 0.5, view.why, transform=axes.transAxes, ha="center", color=PALE)
         axes.set_yticks([])
@@ -87,6 +89,7 @@ def draw_shares(figure, view):
     axes.bar(range(len(shares)), shares, color=COLORS[0], width=0.8)
     axes.set_ylim(min(0, shares.min() * 1.1), max(100, shares.max() * 1.1))
     axes.set_ylabel("share in %", size=9)
+    name_facts(axes, view, shares)
     for rank, source in enumerate(view.sources[:LABELS]):
         if source.share < LEAST:
             continue
@@ -99,6 +102,20 @@ def draw_shares(figure, view):
                       va="center", size=9.5, color=color,
                       arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8,
                                   "relpos": (0 if left else 1, 0.5)})
+
+
+def name_facts(axes, view, shares):
+    """Whom or what each segment's facts are about: their first words."""
+    about = {}
+    for mark in view.marks:
+        segment = mark.end // view.block_size
+        if mark.kind != "question" and segment < len(shares):
+            name = "".join(view.words[mark.start:mark.end]).split()[0]
+            about.setdefault(segment, []).append(name)
+    for segment, names in about.items() if len(shares) <= SEGMENTS_NAMED else ():
+        if shares[segment] < 100 * LEAST:  # the others are named with what they said
+            axes.text(segment, 3 + max(0, shares[segment]), ", ".join(names), rotation=90,
+                      ha="center", va="bottom", size=8, color=PALE)
 
 
 # --- What is written and kept

@@ -28,7 +28,7 @@ def page(view, png):
         "<h2>Where the answer comes from</h2>",
         "<p>The darker a token, the more of what the last token read was written when slots looked "
         'at it. <span class="support">Supporting facts</span>, <span class="fact">'
-        'other facts</span>. Point at a token to see its share.</p>',
+        'other facts</span>. Point at a shaded one to see its share.</p>',
     ]
     for layer, read in view.reads.items():
         is_open = " open" if layer == view.layer else ""

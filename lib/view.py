@@ -50,7 +50,7 @@ class View(NamedTuple):
     block_size: int
     reads: dict      # {layer: LastRead}; there is none where `why` says so
     why: str
-    layer: int       # the block whose bank gave most, or the last bank
+    layer: int       # the block that is shown: the one asked for, or whose bank gave most
     sources: list    # its Sources, the largest share first
     still: list      # the slots of that bank that never changed
 
@@ -87,18 +87,24 @@ def sources_of(read, words, T):
     return sorted(found, key=lambda source: source.share, reverse=True)
 
 
-def make_view(model, tokenizer, found, marks, title):
-    """The View of a Trace of a text with these Marks. Raises ValueError for a text too short."""
+def make_view(model, tokenizer, found, marks, title, block=0):
+    """
+    The View of a Trace of a text with these Marks. It shows a block, from 1 on, 0: the one whose
+    bank gave most. Raises ValueError for a text too short and a block without a bank.
+    """
     T, words = model.config.block_size, words_of(tokenizer, found.ids.tolist())
     require(len(words) > T, f"the text has {len(words)} tokens, and memory is first written after "
             f"{T}: give it a longer one")
+    banks = [layer + 1 for layer in found.banks]
+    require(block in (0, *banks), f"block={block} has no bank: use {banks[0]} to {banks[-1]}")
     reads, why = {}, ""
     for layer in found.banks:
         try:
             reads[layer] = last_read(model, found, layer)
         except ValueError as e:
             why = str(e)
-    layer = max(reads, key=lambda layer: reads[layer].size, default=max(found.banks))
+    most = max(reads, key=lambda layer: reads[layer].size, default=max(found.banks))
+    layer = block - 1 if block else most
     sources = sources_of(reads[layer], words, T) if reads else []
     bank = found.banks[layer].banks
     moved = (bank - bank[0]).abs().amax((0, 2))
@@ -125,14 +131,22 @@ def kind_of(view):
     return max(found, key=found.get)
 
 
+def told(view):
+    """Whether the segment that gave most has a supporting fact, or what comes right behind one."""
+    first, T = view.sources[0].segment, view.block_size
+    return any(mark.start // T <= first <= (mark.end + BEHIND - 1) // T
+               for mark in view.marks if mark.kind == "support")
+
+
 def count_table(rows):
     """How many right and wrong answers came mostly from what. rows: of look.csv -> Markdown"""
     lines = []
     for length in values(rows, "length"):
         for name, is_right in (("right", "1"), ("wrong", "0")):
-            found = [row["source"] for row in select(rows, length=length)
-                     if row["correct"] == is_right]
-            counts = [found.count(kind) for kind in KINDS]
+            found = [row for row in select(rows, length=length) if row["correct"] == is_right]
+            counts = [len(select(found, source=kind)) for kind in KINDS]
+            counts += [len(select(found, told="1"))]
             lines.append([length, name, *map(str, [len(found), *counts])])
-    header = ["length", "answers", "questions", *(f"from {what}" for what in KINDS.values())]
+    header = ["length", "answers", "questions", *(f"from {what}" for what in KINDS.values()),
+              "the largest share: a supporting fact's segment"]
     return markdown(header, lines, left=2)

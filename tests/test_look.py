@@ -15,7 +15,7 @@ from lib import trace_figure
 from lib.figure import png_of
 from lib.trace import trace
 from lib.trace_page import page
-from lib.view import LastRead, Mark, View, kind_of, make_view, sources_of, words_of
+from lib.view import LastRead, Mark, Source, View, kind_of, make_view, sources_of, told, words_of
 from lm2 import LM2, LM2Config
 
 STORIES = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=200",
@@ -106,6 +106,7 @@ def test_many_stories_are_counted(checkout, call):
         rows = list(csv.DictReader(f))
     assert 0 < len(rows) <= 6 and {row["source"] for row in rows} <= {"support", "fact", "text"}
     assert all(row["right_answer"] and row["question"] for row in rows)
+    assert {row["told"] for row in rows} <= {"0", "1"}
 
 
 @pytest.mark.parametrize("args, named", [
@@ -119,6 +120,7 @@ def test_many_stories_are_counted(checkout, call):
     (["out/stories", "--n_samples=-1"], "n_samples=-1"), (["out/text", "--start=\u00e9"], "\u00e9"),
     (["out/stories", "--n_samples=2", "--start=The"], "exclude each other"),
     (["out/wide", "--n_samples=1", "--length=0k"], "longer one"),
+    (["out/stories", "--block=2"], "block=2 has no bank: use 1 to 1"),
     (["out/aligned_stories", "--n_samples=1"], "mem_write=aligned")], ids=str)
 def test_bad_input_is_told_in_one_line(call, args, named):
     code, _, err = call("look.py", *args, "--device=cpu")
@@ -166,6 +168,13 @@ def test_a_look_at_or_right_behind_a_sentence_is_a_look_at_it(looked, kind):
     read = LastRead(1.0, 0.0, [0.5, 0.5], tokens, None)
     view = View("", "", ["a"] * 16, marks, 8, {0: read}, "", 0, [], [])
     assert kind_of(view) == kind
+
+
+@pytest.mark.parametrize("end, is_told", [(20, True), (17, True), (12, True), (11, False)])
+def test_the_segment_that_gave_most_has_the_supporting_fact_or_comes_right_behind(end, is_told):
+    sources = [Source(0.6, 2, ""), Source(0.4, 1, "")]
+    marks = [Mark(9, end, "support"), Mark(17, 20, "fact")]
+    assert told(View("", "", ["a"] * 24, marks, 8, {}, "", 0, sources, [])) == is_told
 
 
 def test_slots_that_never_change_are_named():
