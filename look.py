@@ -30,12 +30,12 @@ from lib.config import at_least, parse, user_errors
 from lib.device import pick_device
 from lib.measured import write_results
 from lib.origin import origin
-from lib.trace import contributions, read_weights, shares, token_shares, trace
+from lib.trace import BankTrace, contributions, read_weights, shares, token_shares, trace
 from lib.trace_figure import draw
 from lib.trace_page import page
 from lib.view import Mark, count_table, kind_of, make_view, told
 
-__all__ = ["contributions", "read_weights", "shares", "token_shares", "trace"]
+__all__ = ["BankTrace", "contributions", "read_weights", "shares", "token_shares", "trace"]
 MOST_TOKENS = 200_000  # of a text: what is noted of it lies in memory
 PRINTED = 5            # places in the text
 

@@ -3,8 +3,8 @@ Draw the figures of README and docs anew, from the CSV files in results/:
 
     python -m docs.figures
 
-compare.py draws those of the experiments that it measures. docs/look.png is of a run of qa1 with
-seed 1: python look.py out/qa1 --task=qa1 --length=4k --seed=3 --out_dir=docs
+compare.py draws those of the experiments that it measures, and docs/look.md says how docs/look.png
+was drawn.
 """
 from dataclasses import dataclass
 from pathlib import Path

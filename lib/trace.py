@@ -22,23 +22,34 @@ from lm2 import norm_heads, require
 
 
 class BankTrace(NamedTuple):
-    """What the bank of one block did while a text was read: float32, on the CPU."""
-    g_in: torch.Tensor      # (S, N, D) the input gate of each segment, Eq. 4
-    g_forget: torch.Tensor  # (S, N, D) its forget gate, Eq. 5
-    content: torch.Tensor   # (S, N, D) tanh(C): what the input gate lets in
-    looked: torch.Tensor    # (S, N, nh, T) where slots looked: weights over a segment's tokens;
-    #                         not with `aligned`
-    banks: torch.Tensor     # (S + 1, N, D) the bank after 0, 1, ..., S segments, Eq. 6
-    queries: torch.Tensor   # (L, nh, hs) what tokens ask the bank with, Eq. 1
-    E_mem: torch.Tensor     # (L, D) what was read; zero in the first segment
-    g_out: torch.Tensor     # (L, D) output gate, Eq. 3
+    """
+    What the bank of one block did while a text was read: float32, on the CPU.
+
+    g_in      (S, N, D)      the input gate of each segment, Eq. 4
+    g_forget  (S, N, D)      its forget gate, Eq. 5
+    content   (S, N, D)      tanh(C): what the input gate lets in
+    looked    (S, N, nh, T)  where slots looked: weights over a segment's tokens; not with `aligned`
+    banks     (S + 1, N, D)  the bank after 0, 1, ..., S segments, Eq. 6
+    queries   (L, nh, hs)    what tokens ask the bank with, Eq. 1
+    E_mem     (L, D)         what was read; zero in the first segment
+    g_out     (L, D)         the output gate, Eq. 3
+    """
+    g_in: torch.Tensor
+    g_forget: torch.Tensor
+    content: torch.Tensor
+    looked: torch.Tensor
+    banks: torch.Tensor
+    queries: torch.Tensor
+    E_mem: torch.Tensor
+    g_out: torch.Tensor
 
 
 class Trace(NamedTuple):
-    """What all banks did while a text was read."""
-    ids: torch.Tensor     # (L,) the text
-    logits: torch.Tensor  # (vocab_size,) after its last token
-    banks: dict           # {layer, from 0: its BankTrace}
+    """What all banks did while a text was read: its ids (L,), the logits (vocab_size,) after its
+    last token, and banks, {layer, from 0: its BankTrace}."""
+    ids: torch.Tensor
+    logits: torch.Tensor
+    banks: dict
 
 
 def attention_weights(q, k):
@@ -82,8 +93,9 @@ def note(seen, memory, inputs, outputs):
 @torch.no_grad()
 def trace(model, ids):
     """
-    Read a text with a model, segment by segment. ids (L,) -> Trace, whose size grows with L. Raises
-    ValueError for a model without banks and a text without tokens.
+    Read a text with a model, segment by segment. ids (L,) -> Trace: its banks are BankTraces, which
+    say names and shapes (`help(BankTrace)`); their size grows with L. Raises ValueError for a model
+    without banks and a text without tokens.
     """
     c = model.config
     require(c.n_banks, f"memory={c.memory} has no bank to look into: name a run with memory=lm2")
