@@ -33,7 +33,7 @@ from lib.origin import origin
 from lib.trace import BankTrace, contributions, read_weights, shares, token_shares, trace
 from lib.trace_figure import draw
 from lib.trace_page import page
-from lib.view import Mark, count_table, kind_of, make_view, told
+from lib.view import Mark, count_table, first_tells, kind_of, make_view
 
 __all__ = ["BankTrace", "contributions", "read_weights", "shares", "token_shares", "trace"]
 MOST_TOKENS = 200_000  # of a text: what is noted of it lies in memory
@@ -154,11 +154,12 @@ def count(run, config):
             raise ValueError(view.why)
         written = len(passage.ids) // view.block_size * view.block_size
         if all(mark.end < written for mark in passage.marks if mark.kind == "support"):
-            rows.append({"task": config.task, "length": config.length, "seed": seed,
-                         "question": passage.question, "right_answer": passage.answer,
+            rows.append({"run": config.runs[0], "task": config.task, "length": config.length,
+                         "seed": seed, "question": passage.question, "right_answer": passage.answer,
                          "answer": answer.text, "correct": "1" if answer.correct else "0",
                          "block": str(view.layer + 1), "share": f"{view.sources[0].share:.3f}",
-                         "source": kind_of(view), "told": "1" if told(view) else "0", **about})
+                         "source": kind_of(view),
+                         "first_tells": "1" if first_tells(view) else "0", **about})
     if not rows:
         raise ValueError(f"length={config.length} is too short, memory has not yet written the "
                          "facts when it is asked: use a greater length")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lib.experiment_tables import markdown
-from lib.scores import select, values
+from lib.scores import select
 from lib.trace import carried_on, contributions, effects
 from lm2 import require
 
@@ -131,7 +131,7 @@ def kind_of(view):
     return max(found, key=found.get)
 
 
-def told(view):
+def first_tells(view):
     """Whether the segment that gave most has a supporting fact, or what comes right behind one."""
     first, T = view.sources[0].segment, view.block_size
     return any(mark.start // T <= first <= (mark.end + BEHIND - 1) // T
@@ -141,12 +141,13 @@ def told(view):
 def count_table(rows):
     """How many right and wrong answers came mostly from what. rows: of look.csv -> Markdown"""
     lines = []
-    for length in values(rows, "length"):
+    for run, length in dict.fromkeys((row["run"], row["length"]) for row in rows):
         for name, is_right in (("right", "1"), ("wrong", "0")):
-            found = [row for row in select(rows, length=length) if row["correct"] == is_right]
-            counts = [len(select(found, source=kind)) for kind in KINDS]
-            counts += [len(select(found, told="1"))]
-            lines.append([length, name, *map(str, [len(found), *counts])])
-    header = ["length", "answers", "questions", *(f"from {what}" for what in KINDS.values()),
-              "the largest share: a supporting fact's segment"]
-    return markdown(header, lines, left=2)
+            found = select(rows, run=run, length=length, correct=is_right)
+            counts = [len(found), *(len(select(found, source=kind)) for kind in KINDS)]
+            is_known = not select(found, first_tells="")  # it was not always noted
+            first = str(len(select(found, first_tells="1"))) if is_known else "–"
+            lines.append([run, length, name, *map(str, counts), first])
+    header = ["run", "length", "answers", "questions",
+              *(f"from {what}" for what in KINDS.values()), "its segment gave most"]
+    return markdown(header, lines, left=3)

@@ -15,7 +15,17 @@ from lib import trace_figure
 from lib.figure import png_of
 from lib.trace import trace
 from lib.trace_page import page
-from lib.view import LastRead, Mark, Source, View, kind_of, make_view, sources_of, told, words_of
+from lib.view import (
+    LastRead,
+    Mark,
+    Source,
+    View,
+    first_tells,
+    kind_of,
+    make_view,
+    sources_of,
+    words_of,
+)
 from lm2 import LM2, LM2Config
 
 STORIES = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=200",
@@ -106,7 +116,7 @@ def test_many_stories_are_counted(checkout, call):
         rows = list(csv.DictReader(f))
     assert 0 < len(rows) <= 6 and {row["source"] for row in rows} <= {"support", "fact", "text"}
     assert all(row["right_answer"] and row["question"] for row in rows)
-    assert {row["told"] for row in rows} <= {"0", "1"}
+    assert {row["first_tells"] for row in rows} <= {"0", "1"}
 
 
 @pytest.mark.parametrize("args, named", [
@@ -170,11 +180,11 @@ def test_a_look_at_or_right_behind_a_sentence_is_a_look_at_it(looked, kind):
     assert kind_of(view) == kind
 
 
-@pytest.mark.parametrize("end, is_told", [(20, True), (13, True), (12, False)])
-def test_the_segment_that_gave_most_has_the_supporting_fact_or_comes_right_behind(end, is_told):
+@pytest.mark.parametrize("end, tells", [(20, True), (13, True), (12, False)])
+def test_the_segment_that_gave_most_has_the_supporting_fact_or_comes_right_behind(end, tells):
     sources = [Source(0.6, 2, ""), Source(0.4, 1, "")]
     marks = [Mark(9, end, "support"), Mark(17, 20, "fact")]
-    assert told(View("", "", ["a"] * 24, marks, 8, {}, "", 0, sources, [])) == is_told
+    assert first_tells(View("", "", ["a"] * 24, marks, 8, {}, "", 0, sources, [])) == tells
 
 
 def test_slots_that_never_change_are_named():
