@@ -22,7 +22,6 @@ import math
 import shlex
 import shutil
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -257,8 +256,10 @@ def code_folder(row, out_dir):
             shutil.copytree(folder / name, aside / name)
         for name, text in changed_files(row).items():
             (aside / name).write_text(text, encoding="utf-8")
-        with suppress(OSError):  # another thread was faster
+        try:
             aside.rename(copy)
+        except OSError:  # another thread was faster
+            shutil.rmtree(aside)
     return copy
 
 

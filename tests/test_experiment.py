@@ -160,17 +160,32 @@ def test_a_changed_checkout_is_another_row_and_its_own_programs_run(load, tmp_pa
     assert ex.code_folder(experiment.row[0], tmp_path / "out") == ROOT
 
 
-def test_a_change_of_the_code_is_made_in_a_copy(load, tmp_path):
-    before = (ROOT / "lm2.py").read_text()
-    experiment = load(HEAD + """
+SIGMOID = HEAD + """
 [[row]]
 name = "sigmoid"
 change = [["lm2.py", "wide(C).tanh()", "wide(C).sigmoid()"]]
-""")
+"""
+
+
+def test_a_change_of_the_code_is_made_in_a_copy(load, tmp_path):
+    before, experiment = (ROOT / "lm2.py").read_text(), load(SIGMOID)
     folder = ex.code_folder(experiment.row[0], tmp_path / "out")
     assert (folder / "lm2.py").read_text() == before.replace("wide(C).tanh()", "wide(C).sigmoid()")
     assert (ROOT / "lm2.py").read_text() == before and (folder / "data/babi.py").exists()
     assert ex.code_folder(experiment.row[0], tmp_path / "out") == folder
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
+
+
+def test_two_that_copy_at_once_leave_one_copy(load, tmp_path, monkeypatch):
+    row, real = load(SIGMOID).row[0], ex.tempfile.mkdtemp
+
+    def slower(**where):
+        monkeypatch.setattr(ex.tempfile, "mkdtemp", real)
+        ex.code_folder(row, tmp_path / "out")  # another thread
+        return real(**where)
+
+    monkeypatch.setattr(ex.tempfile, "mkdtemp", slower)
+    folder = ex.code_folder(row, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
 
 
