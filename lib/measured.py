@@ -138,13 +138,15 @@ def measured(experiment, row, seed, keys, folder):
         "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
         **origin(device), "device": hardware(device), "dtype": about["train"]["dtype"],
         "command": f'python compare.py experiments/{experiment.name}.toml --only="{row.name}"'}
-    answered, rows = answers(row, folder), []
+    answered, rows, trained = answers(row, folder), [], experiment.trained(row)
+    copied = ["n", "right", "answers", "dtype", "torch"]
+    if trained.code or not trained.change:  # a changed copy of this checkout has its commit
+        copied.append("commit")
     for measure, task, length, n in keys:
         found = {"measure": measure, "task": task, "length": length}
         if measure == "accuracy":
             answer = answered[task, length, n]
-            names = ("n", "right", "answers", "commit", "dtype", "torch")
-            found |= {name: answer[name] for name in names}
+            found |= {name: answer[name] for name in copied}
             found["value"] = f"{int(answer['right']) / n:.4f}"
         elif measure in experiment.measure:
             found["value"] = (common | best(log)).get(measure)

@@ -352,6 +352,24 @@ def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run)
     assert {row["run"] for row in lab.results() if row["row"] == "base"}.isdisjoint(before)
 
 
+@pytest.mark.parametrize("change, commit", [
+    ("", "abc"), ('change = [["lm2.py", "wide(C).tanh()", "C"]]', "this")])
+def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, change, commit):
+    monkeypatch.setattr("lib.origin.commit", lambda: "this")
+    (tmp_path / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "mine"\n{change}')
+    (tmp_path / "answers").mkdir()
+    for name, text in {
+            "config.json": '{"parameters": 9, "train": {"device": "cpu", "dtype": "float32"}}',
+            "log.csv": "step,val_loss\n0,1\n",
+            "answers/results.csv": "task,length,n,right,answers,commit,dtype,torch\n"
+                                   "qa1,0k,1,1,1,abc,float32,2\n"}.items():
+        (tmp_path / name).write_text(text)
+    experiment = ex.load(tmp_path / "mine.toml")
+    keys = [("accuracy", "qa1", "0k", 1)]
+    row, = measured.measured(experiment, experiment.row[0], 1, keys, tmp_path)
+    assert (row["commit"], row["right"]) == (commit, "1")
+
+
 def test_results_of_other_seeds_and_rows_stay(lab, run):
     run("--seeds=1", "--jobs=2")
     first = lab.results()
