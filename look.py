@@ -34,6 +34,7 @@ from lib.trace import BankTrace, contributions, read_weights, shares, token_shar
 from lib.trace_figure import draw
 from lib.trace_page import page
 from lib.view import Mark, count_table, first_tells, kind_of, make_view
+from lm2 import require
 
 __all__ = ["BankTrace", "contributions", "read_weights", "shares", "token_shares", "trace"]
 MOST_TOKENS = 200_000  # of a text: what is noted of it lies in memory
@@ -112,6 +113,8 @@ def given_text(tokenizer, config):
 
 def look_at(run, passage, task, block=0):
     """Read a Passage -> its Trace, its View of a block, the run's Answer. Raises ValueError."""
+    n_banks = run.model.config.n_banks  # of none of them `trace` speaks
+    require(block <= n_banks or not n_banks, f"block={block} has no bank: use 1 to {n_banks}")
     ids = torch.tensor(passage.ids, device=run.model.head.weight.device)
     found = trace(run.model, ids)
     text, = answer_to(ids[None], run)

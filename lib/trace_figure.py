@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lib.figure import COLORS, PALE, STYLE, clean, new_figure, png_of
 from lib.trace import read_weights
+from lib.view import segment_behind
 
 HEIGHT = 9.6                          # inches
 TITLE = 72                            # characters of a title in full size; longer ones are smaller
@@ -33,12 +34,12 @@ def draw(model, found, view):
         put(figure, 0.97, view.title, size=size, weight="bold")
         put(figure, 0.945, view.subtitle, size=9.5, color=PALE)
         draw_shares(figure, view)
-        read = "mean over what the last token reads" if view.reads else "mean over the bank"
-        said = f"gate, white 0, blue 1, {read}"
+        over = "what the last token reads" if view.reads else "the bank"
+        shown = f"gate, white 0, blue 1, mean over {over}"
         g_in = {layer: bank.g_in for layer, bank in found.banks.items()}
         g_forget = {layer: bank.g_forget for layer, bank in found.banks.items()}
-        draw_gates(figure, 0.565, view, g_in, f"What is written: input {said}")
-        draw_gates(figure, 0.43, view, g_forget, f"What is kept: forget {said}")
+        draw_gates(figure, 0.565, view, g_in, f"What is written: input {shown}")
+        draw_gates(figure, 0.43, view, g_forget, f"What is kept: forget {shown}")
         draw_reads(figure, model, found, view)
         draw_banks(figure, found, view)
         legend(figure, view)
@@ -65,7 +66,7 @@ def segments_axes(figure, bottom, height, view, title):
     n_segments = len(view.words) // view.block_size
     axes.set_xlim(-0.5, n_segments - 0.5)
     for kind, color in (("fact", FACT), ("support", SUPPORT)):
-        x = [mark.end // view.block_size for mark in view.marks if mark.kind == kind]
+        x = [segment_behind(mark, view.block_size) for mark in view.marks if mark.kind == kind]
         x = [segment for segment in x if segment < n_segments]  # the last one is not yet written
         axes.plot(x, np.full(len(x), -0.05), "^", transform=axes.get_xaxis_transform(), ms=6,
                   color=color, clip_on=False, zorder=5)
@@ -80,19 +81,20 @@ def draw_shares(figure, view):
     axes = segments_axes(figure, 0.72, 0.175, view, "Where the answer comes from: what its token "
                          f"read, by the segment that wrote it (block {view.layer + 1})")
     clean(axes, "y")
-    axes.set_xlabel("segment; what its slots looked at most stands in [ ]", size=9, labelpad=1)
     if not view.reads:
+        axes.set_xlabel("segment", size=9, labelpad=1)
         axes.text(0.5, 0.5, view.why, transform=axes.transAxes, ha="center", color=PALE)
         axes.set_yticks([])
         return
+    axes.set_xlabel("segment; what its slots looked at most stands in [ ]", size=9, labelpad=1)
     shares = 100 * np.asarray(view.reads[view.layer].segments)
     axes.bar(range(len(shares)), shares, color=COLORS[0], width=0.8)
     axes.set_ylim(min(0, shares.min() * 1.1), max(100, shares.max() * 1.1))
     axes.set_ylabel("share in %", size=9)
-    name_facts(axes, view, shares)
-    for rank, source in enumerate(view.sources[:LABELS]):
-        if source.share < LEAST:
-            continue
+    named = [source for source in view.sources[:LABELS] if source.share >= LEAST]
+    if len(shares) <= SEGMENTS_NAMED:
+        name_facts(axes, view, shares, {source.segment for source in named})
+    for rank, source in enumerate(named):
         x = source.segment
         left = x < len(shares) / 2
         color = SUPPORT if rank == 0 else PALE
@@ -104,18 +106,17 @@ def draw_shares(figure, view):
                                   "relpos": (0 if left else 1, 0.5)})
 
 
-def name_facts(axes, view, shares):
-    """Whom or what each segment's facts are about: their first words."""
+def name_facts(axes, view, shares, named):
+    """Whom or what each segment's facts are about, their first words; not of named segments."""
     about = {}
     for mark in view.marks:
-        segment = mark.end // view.block_size
-        if mark.kind != "question" and segment < len(shares):
-            name = "".join(view.words[mark.start:mark.end]).split()[0]
-            about.setdefault(segment, []).append(name)
-    for segment, names in about.items() if len(shares) <= SEGMENTS_NAMED else ():
-        if shares[segment] < 100 * LEAST:  # the others are named with what they said
-            axes.text(segment, 3 + max(0, shares[segment]), ", ".join(names), rotation=90,
-                      ha="center", va="bottom", size=8, color=PALE)
+        segment = segment_behind(mark, view.block_size)
+        if mark.kind != "question" and segment < len(shares) and segment not in named:
+            first_word = "".join(view.words[mark.start:mark.end]).split()[0]
+            about.setdefault(segment, []).append(first_word)
+    for segment, words in about.items():
+        axes.text(segment, 3 + max(0, shares[segment]), ", ".join(words), rotation=90,
+                  ha="center", va="bottom", size=8, color=PALE)
 
 
 # --- What is written and kept

@@ -25,6 +25,11 @@ class Mark(NamedTuple):
     kind: str   # "fact", "support" (a fact the answer rests on), or "question"
 
 
+def segment_behind(mark, T):
+    """The segment, of T tokens, of the token behind a sentence: where it is complete."""
+    return mark.end // T
+
+
 class LastRead(NamedTuple):
     """What the last token read of a bank. The shares are those of lib/trace.py."""
     size: float            # norm of g_out * E_mem
@@ -90,13 +95,11 @@ def sources_of(read, words, T):
 def make_view(model, tokenizer, found, marks, title, block=0):
     """
     The View of a Trace of a text with these Marks. It shows a block, from 1 on, 0: the one whose
-    bank gave most. Raises ValueError for a text too short and a block without a bank.
+    bank gave most. Raises ValueError for a text too short.
     """
     T, words = model.config.block_size, words_of(tokenizer, found.ids.tolist())
     require(len(words) > T, f"the text has {len(words)} tokens, and memory is first written after "
             f"{T}: give it a longer one")
-    banks = [layer + 1 for layer in found.banks]
-    require(block in (0, *banks), f"block={block} has no bank: use {banks[0]} to {banks[-1]}")
     reads, why = {}, ""
     for layer in found.banks:
         try:
