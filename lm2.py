@@ -284,8 +284,8 @@ class MemoryBank(nn.Module):
         return C.unflatten(0, (-1, n_segments))
 
     def gates(self, x, C, repeats=None):
-        """Input and forget gate (Eq. 4, 5; B, S, N, D), float32. C is what may be written; x, which
-        the input gate sees, is C with `attend`, h with `aligned`. repeats: see `LM2.forward`."""
+        """Input and forget gate, Eq. 4 and 5, (B, S, N, D), float32. C is what may be written; x,
+        which the input gate sees, is C with `attend`, h with `aligned`. repeats: `LM2.forward`."""
         g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
         z = wide(self.w_forget(C)).clamp(max=60)  # g_forget is 1 from 40 on, for certain
         g_forget = z.sigmoid()                                          # Eq. 5
@@ -299,7 +299,7 @@ class MemoryBank(nn.Module):
         return torch.where(R == 1, g_in, g_in * series), torch.where(R == 1, g_forget, log_gR.exp())
 
     def update(self, M, C, g_in, g_forget):
-        """Eq. 6: the bank after a segment. The bank M, C and gates (B, 1, N, D) -> (B, 1, N, D)"""
+        """The bank after a segment, Eq. 6. M, the bank before it, C and gates, all (B, 1, N, D)"""
         return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6
 
     def write_attend(self, keys, values, M, repeats=None):

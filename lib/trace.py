@@ -45,8 +45,13 @@ class BankTrace(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What all banks did while a text was read: its ids (L,), the logits (vocab_size,) after its
-    last token, and banks, {layer, from 0: its BankTrace}."""
+    """
+    What all banks did while a text was read.
+
+    ids     (L,)          the text
+    logits  (vocab_size,) after its last token
+    banks   {layer, from 0: its BankTrace}
+    """
     ids: torch.Tensor
     logits: torch.Tensor
     banks: dict
