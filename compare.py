@@ -21,7 +21,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.babilong import parse_length
+from data.babilong import parse_length, parse_tasks
+from data.curriculum import course_of
 from eval_babilong import EvalConfig
 from lib import experiment as ex
 from lib import measured, programs, tables
@@ -108,13 +109,13 @@ class Job:
 
     def seconds(self, known):
         """
-        Of training and of asking: as long as the row took before, {row: seconds}, or as its tokens
-        let guess.
+        Of training and of asking: as long as the row took before, {(experiment, row): seconds}, or
+        as its tokens let guess.
         """
         training = 0
         if not self.trained and not self.row.run_of:
             guess = ex.planned_tokens(self.experiment, self.row) / TRAINED_PER_SECOND
-            training = known.get(self.row.name, guess)
+            training = known.get((self.experiment.name, self.row.name), guess)
         tokens = sum(n * max(parse_length(length), 100) for measure, _, length, n in self.keys
                      if measure == "accuracy")
         return training, tokens / READ_PER_SECOND
@@ -123,14 +124,17 @@ class Job:
 def check_flags(experiment):
     """
     Raises ValueError where train.py or eval_babilong.py of this checkout would refuse the flags of
-    a row: now, and not hours later.
+    a row: now, and not hours later. Other code may know other flags.
     """
     for row in experiment.row:
+        trained = experiment.answering_row(row)
         try:
-            if not (row.code or row.run_of):
-                preset = ex.load_preset(experiment.preset_of(row))
-                from_dict(TrainConfig, preset | ex.flags_of(row.flags))
-            if experiment.cells(row):
+            if not (trained.code or trained.change):
+                preset = ex.load_preset(experiment.preset_of(trained))
+                flags = from_dict(TrainConfig, preset | ex.flags_of(trained.flags))
+                if flags.dataset == "babilong":
+                    parse_tasks(flags.tasks), course_of(flags)
+            if experiment.cells(row) and not trained.code:
                 flags = {"tasks": experiment.tasks} | ex.flags_of(row.ask_flags)
                 from_dict(EvalConfig, flags | {"runs": ["run"]})
         except ValueError as e:
@@ -194,20 +198,26 @@ class Work:
                 job.done = share
                 self.record(job, [key for key in job.keys if key[0] != "accuracy"])
                 self.ask(job, share, lock)
-        except (Failed, OSError, ValueError, LookupError) as e:
+        except (Failed, OSError, ValueError, LookupError, SyntaxError) as e:
             self.failed[job.name] = str(e)
+            tqdm.write(f"{job.name} failed, the others go on", file=sys.stderr)
         finally:
             job.done = 1.0
 
     def record(self, job, keys):
-        """Put what was measured into results."""
+        """Put what was measured into results. Raises Failed, OSError, ValueError."""
+        self.code_of(job)  # is it still that of the run?
         with self.saving:
             if keys:
                 measured.save(job.experiment, job.row, job.seed, keys, job.folder,
                               self.config.results_dir)
 
     def code_of(self, job):
-        return ex.code_folder(job.experiment.trained(job.row), self.config.out_dir)
+        """The folder of the programs for a job. Raises Failed where they are not today's."""
+        experiment, out_dir = job.experiment, self.config.out_dir
+        if ex.folder_of(experiment, job.row, job.seed, out_dir) != job.folder:
+            raise Failed("its code was edited since compare.py began: start it again")
+        return ex.code_folder(experiment.answering_row(job.row), out_dir)
 
     def missing_runs(self, job):
         """Names of the jobs whose runs a job needs and that are not there yet, a set."""
@@ -232,7 +242,7 @@ class Work:
             step, last = ex.steps(job.folder)
             with open(times, "a", encoding="utf-8") as f:
                 f.write(f"{before + time.monotonic() - start:.2f},{step}\n")
-            job.done = share * step / last
+            job.done = share * step / max(last, 1)
 
         output = job.folder.with_name(f"{job.folder.name}.txt")
         self.programs.call(self.code_of(job) / "train.py", flags, output, lock, watch)
@@ -305,7 +315,7 @@ def show(experiment, rows, results_dir):
           f"{difference_table(rows, current)}")
     path = Path(results_dir) / f"{experiment.name}.png"
     log = measured.read_log(results_dir, experiment.name)
-    plot(rows, path, experiment.title, log, experiment.curve)
+    plot(rows, path, experiment.title, log, experiment.curve, current)
     print(f"\n{path.with_suffix('.csv')}, {path}")
 
 

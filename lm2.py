@@ -87,7 +87,7 @@ class LM2Config:
             return
         require(self.attention == "window" or self.window_dropout == 0,
                 f"window_dropout={self.window_dropout} needs attention=window")
-        require(self.mem_write == "attend" or self.mem_slots == self.block_size,
+        require(self.mem_write != "aligned" or self.mem_slots == self.block_size,
                 f"mem_slots={self.mem_slots} must be block_size={self.block_size} with aligned")
         for name, lowest, most in (("mem_slots", 1, "n_embd"), ("mem_layers", -1, "n_layer")):
             require(lowest <= value[name] <= value[most],
@@ -243,7 +243,7 @@ class MemoryBank(nn.Module):
         self.norm = nn.RMSNorm(D, eps=config.norm_eps)
         self.w_q, self.w_k, self.w_v = linear(D, D), linear(D, D), linear(D, D)
         self.w_out, self.w_in, self.w_forget = (linear(D, D, bias=True) for _ in range(3))
-        if config.mem_write == "attend":
+        if config.mem_write != "aligned":
             self.slot_queries = nn.Parameter(torch.empty(config.mem_slots, D))
 
     def initial_state(self, batch):
@@ -287,11 +287,11 @@ class MemoryBank(nn.Module):
         """Input and forget gate, Eq. 4 and 5, (B, S, N, D), float32. C is what may be written; x,
         which the input gate sees, is C with `attend`, h with `aligned`. repeats: `LM2.forward`."""
         g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
-        z = wide(self.w_forget(C)).clamp(max=60)  # g_forget is 1 from 40 on, for certain
+        z = wide(self.w_forget(C)).clamp(max=60)  # from 104 on series would be 0 / 0
         g_forget = z.sigmoid()                                          # Eq. 5
         if repeats is None:
             return g_in, g_forget
-        # time dilation: R times Eq. 6 is once Eq. 6 with other gates, g_forget^R and
+        # time dilation: R times `update` is once `update` with other gates, g_forget^R and
         # g_in (1 + g_forget + ... + g_forget^(R-1)) = g_in (1 - g_forget^R) / (1 - g_forget)
         R = repeats[:, :C.size(1), None, None]  # of whole segments
         log_gR = R * F.logsigmoid(z)            # of g_forget^R, exact where g_forget is nearly 1
@@ -300,7 +300,7 @@ class MemoryBank(nn.Module):
 
     def update(self, M, C, g_in, g_forget):
         """The bank after a segment, Eq. 6. M, the bank before it, C and gates, all (B, 1, N, D)"""
-        return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6
+        return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6; R times in `gates`
 
     def write_attend(self, keys, values, M, repeats=None):
         """Write with any N up to D. keys and values as in `content`, M (B, 1, N, D) -> the bank
@@ -331,7 +331,7 @@ class MemoryBank(nn.Module):
         T, L, aligned = self.config.block_size, h.size(1), self.config.mem_write == "aligned"
         xs = (h,) if aligned else (keys, values)  # what is written from
         begun = pos % T                           # tokens of the first segment that came before
-        n_segments, n_whole = 1 if L == 1 else math.ceil((begun + L) / T), (begun + L) // T
+        n_segments, n_whole = (1 if L == 1 else math.ceil((begun + L) / T)), (begun + L) // T
         require(repeats is None or repeats.shape == (len(h), n_segments),
                 f"repeats must have the shape (B, S), here {(len(h), n_segments)}")
         rings = put(state.unwritten, xs, pos)
@@ -415,7 +415,7 @@ class LM2(nn.Module):
     def init_weights(self):
         """
         linear layers       normal, std 1/sqrt(fan_in); biases zero
-        embedding           normal, std 0.5; slot queries normal, std 1
+        embedding           normal, std 0.5 (tied: as linear layers); slot queries normal, std 1
         head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first
         gates               zero weights, so that they start at their biases: input and output gate
                             half open (closed, they hide the gradient), forget gate +2 (0.88)"""
@@ -432,7 +432,7 @@ class LM2(nn.Module):
             for layer in (bank.w_v, bank.w_in, bank.w_forget, bank.w_out):
                 layer.weight.zero_()
             bank.w_forget.bias.fill_(2.0)
-            if bank.config.mem_write == "attend":
+            if bank.config.mem_write != "aligned":
                 bank.slot_queries.normal_()
 
     def initial_state(self, batch):

@@ -85,6 +85,16 @@ def parse_course(text):
     return lengths
 
 
+def course_of(config):
+    """The Lengths of a TrainConfig. Raises ValueError, also where its memory cannot dilate time."""
+    lengths = parse_course(config.lengths)
+    dilated = any(length.counted > length.tokens for length in lengths)
+    if dilated and (config.memory, config.mem_write) != ("lm2", "attend"):
+        raise ValueError(f"lengths={config.lengths} has time dilation, which needs memory=lm2 and "
+                         "mem_write=attend: leave out what has a /")
+    return lengths
+
+
 # --- Batches
 
 def training_row(tasks, limit, tokenizer, rng, asking):
@@ -266,12 +276,7 @@ def open_stories(config, tokenizer=None):
     The Stories of a TrainConfig. tokenizer: that of a run which goes on; it is then used instead of
     a new one. Raises ValueError or OSError, one line that says what to do.
     """
-    tasks = parse_tasks(config.tasks)
-    lengths = parse_course(config.lengths)
-    dilated = any(length.counted > length.tokens for length in lengths)
-    if dilated and (config.memory, config.mem_write) != ("lm2", "attend"):
-        raise ValueError(f"lengths={config.lengths} has time dilation, which needs memory=lm2 and "
-                         "mem_write=attend: leave out what has a /")
+    tasks, lengths = parse_tasks(config.tasks), course_of(config)
     found = read_text(config.corpus)
     train, val = split(found.text)
     if not tokenizer:

@@ -31,10 +31,11 @@ from data.files import read_utf8
 from lib.config import from_dict, load_preset
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("lm2.py", "train.py", "baselines/rmt.py", "data/text.py", "data/tokenizer.py",
+CODE = ("lm2.py", "train.py", "baselines/*.py", "data/text.py", "data/tokenizer.py",
         "lib/optim.py")  # what makes a run what it is; and of a data set:
 CODE_OF_DATA = {"babilong": ("data/babi.py", "data/babilong.py", "data/curriculum.py"),
                 "pairs": ("data/pairs.py", "data/curriculum.py")}
+RAG = "baselines/rag.py"  # has a part in answers alone
 
 
 @dataclass
@@ -57,8 +58,9 @@ class Row:
 
 @dataclass
 class Experiment:
-    """A TOML file, and its name."""
+    """A TOML file, its name, and its path as it was typed."""
     name: str
+    path: str
     title: str
     preset: str
     seeds: list
@@ -119,7 +121,7 @@ class Experiment:
         return {length: found[length] for length in sorted(found, key=parse_length)
                 if parse_length(length) <= longest and row.asked}
 
-    def trained(self, row):
+    def answering_row(self, row):
         """The row whose runs answer for a row: itself, mostly."""
         return self.named(row.run_of) if row.run_of else row
 
@@ -181,9 +183,10 @@ def load(path):
         missing = {"title", "preset", "seeds", "row"} - set(values)
         if missing:
             raise ValueError(f"it has no {sorted(missing)[0]}")
-        if "name" in values:
-            raise ValueError("name is not known: the file's name is the experiment's")
-        found = from_dict(Experiment, {"name": Path(path).stem, **values})
+        for key in ("name", "path"):
+            if key in values:
+                raise ValueError(f"{key} is not known: the file's name is the experiment's")
+        found = from_dict(Experiment, {"name": Path(path).stem, "path": str(path), **values})
         for row in found.row:
             load_preset(found.preset_of(row))
             if row.code and not (Path(row.code) / "train.py").is_file():
@@ -202,13 +205,21 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def code_files(row, datasets):
+    """The files that make a run of a row what it is, in the order of their names, of data sets."""
+    folder = Path(row.code or ROOT)
+    patterns = CODE + tuple(name for dataset in datasets for name in CODE_OF_DATA.get(dataset, ()))
+    return sorted({path.relative_to(folder).as_posix()
+                   for pattern in patterns for path in folder.glob(pattern)} - {RAG})
+
+
 def changed_files(row):
     """{path: text} of the files that a row changes. Raises ValueError, OSError."""
-    texts, known = {}, {*CODE, *(name for names in CODE_OF_DATA.values() for name in names)}
+    texts, known = {}, code_files(row, CODE_OF_DATA)
     for name, old, new in row.change:
         if name not in known:
             raise ValueError(f"row {row.name!r} changes {name}, which does not count as part of a "
-                             f"run: change one of {', '.join(sorted(known))}")
+                             f"run: change one of {', '.join(known)}")
         text = texts.get(name) or read_utf8(Path(row.code or ROOT) / name)
         if text.count(old) != 1:
             raise ValueError(f"row {row.name!r} changes {old!r}, which is {text.count(old)} times "
@@ -231,11 +242,9 @@ def meaning(text):
 
 def code_digest(row, dataset):
     """8 hex digits of what the code of a row does, as far as a data set needs it."""
-    folder, changed, found = Path(row.code or ROOT), changed_files(row), []
-    for name in CODE + CODE_OF_DATA.get(dataset, ()):
-        if (folder / name).exists():
-            found.append((name, meaning(changed.get(name) or read_utf8(folder / name))))
-    return digest(found)
+    folder, changed = Path(row.code or ROOT), changed_files(row)
+    return digest([(name, meaning(changed.get(name) or read_utf8(folder / name)))
+                   for name in code_files(row, [dataset])])
 
 
 def code_folder(row, out_dir):
@@ -243,15 +252,14 @@ def code_folder(row, out_dir):
     folder = Path(row.code or ROOT)
     if not row.change:
         return folder
-    programs, folders = ("lm2.py", "train.py", "eval_babilong.py"), ("baselines", "data", "lib")
-    paths = [folder / name for name in programs]
-    paths += [path for name in folders for path in sorted((folder / name).glob("*.py"))]
+    programs, folders = sorted(folder.glob("*.py")), ("baselines", "data", "lib")
+    paths = programs + [path for name in folders for path in sorted((folder / name).glob("*.py"))]
     copy = Path(out_dir) / f"code-{digest(row.change, [read_utf8(path) for path in paths])}"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f"{copy.name}.", dir=copy.parent))
-        for name in programs:
-            shutil.copy(folder / name, aside / name)
+        for path in programs:
+            shutil.copy(path, aside)
         for name in folders:
             shutil.copytree(folder / name, aside / name)
         for name, text in changed_files(row).items():
@@ -265,7 +273,7 @@ def code_folder(row, out_dir):
 
 def train_id(experiment, row):
     """What the runs of a row have in common, whatever their seed: code, preset and flags."""
-    row = experiment.trained(row)
+    row = experiment.answering_row(row)
     preset = {key: value for key, value in load_preset(experiment.preset_of(row)).items()
               if key != "out_dir"}
     before = [name and train_id(experiment, experiment.named(name))
@@ -277,12 +285,15 @@ def train_id(experiment, row):
 def run_id(experiment, row):
     """What the results of a row have in common: how its runs were trained, and asked."""
     trained = train_id(experiment, row)
+    rag = Path(experiment.answering_row(row).code or ROOT) / RAG
+    if "rag" in flags_of(row.ask_flags) and rag.exists():
+        return digest(trained, row.ask_flags, meaning(read_utf8(rag)))
     return digest(trained, row.ask_flags) if row.ask_flags else trained
 
 
 def folder_of(experiment, row, seed, out_dir):
     """The folder of a run, the same one for rows of any experiments that are trained alike."""
-    row = experiment.trained(row)
+    row = experiment.answering_row(row)
     preset = experiment.preset_of(row).stem
     return Path(out_dir) / f"{preset}-{seed}-{train_id(experiment, row)}"
 

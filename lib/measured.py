@@ -13,7 +13,7 @@ from data.babilong import parse_length, parse_tasks
 from data.files import atomic_open, read_utf8
 from lib import experiment as ex
 from lib.device import pick_device
-from lib.origin import hardware, origin
+from lib.origin import commit, hardware, origin
 
 COLUMNS = ("experiment", "row", "seed", "measure", "task", "length", "n", "right", "answers",
            "value", "parameters", "minutes", "tokens_per_s", "run", "commit", "command", "device",
@@ -59,21 +59,21 @@ def write_results(path, rows, columns=COLUMNS):
 
 def missing(experiment, row, seed, rows, again=False):
     """
-    The keys of Experiment.wanted that no row of results answers. again: one of other code or flags
-    does not count, either.
+    The keys of Experiment.wanted that no row of results answers, with as many questions or more.
+    again: one of other code or flags does not count, either.
     """
     run = ex.run_id(experiment, row)
-    found = {(old["measure"], old["task"], old["length"], int(old["n"] or 0)) for old in rows
+    found = {(old["measure"], old["task"], old["length"]): int(old["n"] or 0) for old in rows
              if (old["row"], old["seed"]) == (row.name, str(seed))
              and (old["run"] == run or not again)}
-    return [key for key in experiment.wanted(row, seed) if key not in found]
+    return [(*key, n) for *key, n in experiment.wanted(row, seed) if found.get(tuple(key), -1) < n]
 
 
 def known_seconds(rows):
-    """{row: mean seconds of training} of results."""
+    """{(experiment, row): mean seconds of training} of results."""
     found = defaultdict(list)
     for row in rows:
-        found[row["row"]].append(60 * float(row["minutes"] or 0))
+        found[row["experiment"], row["row"]].append(60 * float(row["minutes"] or 0))
     return {name: mean(seconds) for name, seconds in found.items() if mean(seconds)}
 
 
@@ -113,7 +113,7 @@ def save(experiment, row, seed, keys, folder, results_dir):
         return
     tokens, (_, last) = ex.planned_tokens(experiment, row), ex.steps(folder)
     log = [{"row": row.name, "seed": str(seed), **line,
-            "tokens": tokens * int(line["step"]) // last} for line in evaluations(folder)]
+            "tokens": tokens * int(line["step"]) // max(last, 1)} for line in evaluations(folder)]
     others = [line for line in read_log(results_dir, experiment.name)
               if (line["row"], line["seed"]) != (row.name, str(seed))]
     columns = tuple(dict.fromkeys(name for line in [*others, *log] for name in line))
@@ -127,20 +127,20 @@ def save(experiment, row, seed, keys, folder, results_dir):
 
 def measured(experiment, row, seed, keys, folder):
     """The rows of results that a trained and asked run gives for keys."""
-    about = json.loads(read_utf8(folder / "config.json"))
+    about, trained = json.loads(read_utf8(folder / "config.json")), experiment.answering_row(row)
     times, log = elapsed(folder), evaluations(folder)
     seconds = times[-1][0] if times else 0
-    speed = ex.planned_tokens(experiment, experiment.trained(row)) / seconds if seconds else 0
+    speed = ex.planned_tokens(experiment, trained) / seconds if seconds else 0
     device = pick_device(about["train"]["device"])
     common = {
         "experiment": experiment.name, "row": row.name, "seed": seed,
         "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}",
         "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
-        **origin(device), "device": hardware(device), "dtype": about["train"]["dtype"],
-        "command": f'python compare.py experiments/{experiment.name}.toml --only="{row.name}"'}
-    answered, rows, trained = answers(row, folder), [], experiment.trained(row)
-    copied = ["n", "right", "answers", "dtype", "torch"]
-    if trained.code or not trained.change:  # a changed copy of this checkout has its commit
+        **origin(device), "commit": commit(trained.code or ex.ROOT), "device": hardware(device),
+        "dtype": about["train"]["dtype"],
+        "command": f'python compare.py {experiment.path} --only="{row.name}"'}
+    answered, rows, copied = answers(row, folder), [], ["n", "right", "answers", "dtype", "torch"]
+    if not trained.change:  # a changed copy knows no commit
         copied.append("commit")
     for measure, task, length, n in keys:
         found = {"measure": measure, "task": task, "length": length}
@@ -192,6 +192,9 @@ def reached(experiment, measure, log, times):
     """Minutes until an evaluation reached a figure, "" where none did."""
     column, figure = next(item for item in experiment.until.items()
                           if ex.minutes_until(*item) == measure)
+    if column not in log[0]:
+        raise ValueError(f"until has {column}, which is no column of log.csv: use "
+                         f"{', '.join(log[0])}")
     sign = -1 if "loss" in column else 1  # a loss falls, an accuracy rises
     steps = [int(row["step"]) for row in log if sign * float(row[column]) >= sign * figure]
     minutes = [seconds / 60 for seconds, step in times if steps and step >= steps[0]]

@@ -12,11 +12,11 @@ def origin(device):
     return {"commit": commit(), "torch": torch.__version__, "device": device_name(device)}
 
 
-def commit():
-    """The commit of this code, "unknown" outside of git."""
+def commit(folder=Path(__file__).parent):
+    """The commit of the code in a folder, "unknown" outside of git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except OSError:  # no git
         return "unknown"
     return found.stdout.strip() or "unknown"

@@ -147,7 +147,7 @@ def test_what_is_missing_is_trained_asked_and_recorded(lab, run):
         assert (row["n"], row["right"], row["value"]) == ("4", "1", "0.2500")
         assert row["answers"] == "1000"
         assert (row["commit"], row["dtype"], row["parameters"]) == ("abc", "float32", "1000")
-        assert row["command"] == f'python compare.py experiments/mine.toml --only="{row["row"]}"'
+        assert row["command"] == f'python compare.py mine.toml --only="{row["row"]}"'
     losses = [row for row in rows if row["measure"] == "val_loss"]
     assert {row["value"] for row in losses} == {"0.6"} and len(losses) == 4
     minutes = [row for row in rows if row["measure"] == "minutes until accuracy 0.5"]
@@ -328,6 +328,39 @@ def test_what_was_answered_is_recorded_length_by_length(lab, run):
     assert [call.split()[0] for call in lab.calls()[len(calls):]] == ["ask"]
 
 
+def test_fewer_questions_are_the_first_of_more(lab, run):
+    run("--seeds=1", "--only=base")
+    first, calls = lab.results(), lab.calls()
+    for n, asked_again in ((3, 0), (5, 2)):
+        lab.write('[[row]]\nname = "base"', head=HEAD.replace("= 4", f"= {n}"))
+        assert run("--seeds=1")[0] == 0
+        assert len(lab.calls()) == len(calls) + asked_again and (lab.results() == first) == (n == 3)
+
+
+def test_code_that_is_edited_while_compare_runs_gives_no_results(lab, run):
+    edit = 'pathlib.Path(__file__).with_name("lm2.py").write_text("new = 1")'
+    (lab.folder / "quick/train.py").write_text(f"{TRAIN}    if step == 4:\n        {edit}")
+    code, _, err = run("--seeds=1", "--only=base")
+    assert code == 1 and "its code was edited since compare.py began: start it again" in err
+    assert not (lab.folder / "results").exists()
+    code, out, _ = run("--seeds=1", "--only=base")
+    assert code == 0 and "| base |" in out
+    assert sum(call.startswith("train") for call in lab.calls()) == 2
+
+
+def test_a_failure_is_told_while_the_others_go_on_and_at_the_end(lab, run):
+    lab.write('[[row]]\nname = "base"', '[[row]]\nname = "bad"\nflags = "--fail=1"')
+    code, _, err = run("--seeds=1", "--jobs=1")
+    assert code == 1 and "mine: bad, seed 1 failed, the others go on" in err
+    assert err.splitlines()[-1].startswith("error: mine: bad, seed 1 failed: error: fail=1")
+
+
+def test_no_steps_are_a_training_too(lab, run):
+    train = lab.folder / "quick/train.py"
+    train.write_text(TRAIN.replace('"max_iters": 4', '"max_iters": 0'))
+    assert run("--seeds=1", "--only=base")[0] == 0
+
+
 def test_a_run_is_for_one_compare_alone(lab, run):
     experiment = ex.load(lab.folder / "mine.toml")
     folder = ex.folder_of(experiment, experiment.row[0], 1, "out/compare")
@@ -355,7 +388,7 @@ def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run)
 @pytest.mark.parametrize("change, commit", [
     ("", "abc"), ('change = [["lm2.py", "wide(C).tanh()", "C"]]', "this")])
 def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, change, commit):
-    monkeypatch.setattr("lib.origin.commit", lambda: "this")
+    monkeypatch.setattr(measured, "commit", {ex.ROOT: "this", str(REPO): "that"}.get)
     (tmp_path / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "mine"\n{change}')
     (tmp_path / "answers").mkdir()
     for name, text in {
@@ -365,9 +398,12 @@ def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, c
                                    "qa1,0k,1,1,1,abc,float32,2\n"}.items():
         (tmp_path / name).write_text(text)
     experiment = ex.load(tmp_path / "mine.toml")
-    keys = [("accuracy", "qa1", "0k", 1)]
-    row, = measured.measured(experiment, experiment.row[0], 1, keys, tmp_path)
-    assert (row["commit"], row["right"]) == (commit, "1")
+    keys = [("accuracy", "qa1", "0k", 1), ("val_loss", "", "", 0)]
+    row, loss = measured.measured(experiment, experiment.row[0], 1, keys, tmp_path)
+    assert (row["commit"], row["right"], loss["commit"]) == (commit, "1", "this")
+    experiment.row[0].code = str(REPO)  # another checkout has its own commit
+    loss, = measured.measured(experiment, experiment.row[0], 1, keys[1:], tmp_path)
+    assert loss["commit"] == "that"
 
 
 def test_results_of_other_seeds_and_rows_stay(lab, run):
@@ -403,12 +439,29 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
 
 @pytest.mark.parametrize("row, named", [
     ('flags = "--mem_slot=8"', "row 'a': mem_slot is not known"),
-    ('flags = "--mem_slots=0"', "mem_slots=0"), ('flags = "--max_iters=abc"', "max_iters=abc"),
+    ('flags = "--mem_slots=0"', "mem_slots=0"), ('flags = "--memory=none"', "time dilation"),
+    ('flags = "--max_iters=abc"', "max_iters=abc"),
     ('ask_flags = "--ragg=10"', "ragg is not known"), ('ask_flags = "--rag=-1"', "rag=-1")])
 def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab, run, row, named):
     (lab.folder / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "a"\n{row}\n')
     code, _, err = run("--dry_run")
     assert is_one_line(code, err, named, "mine")
+
+
+def test_a_change_may_bring_a_flag_of_its_own(lab, run):
+    (lab.folder / "mine.toml").write_text(HEAD + """[[row]]
+name = "a"
+flags = "--forget_bias=4"
+change = [["lm2.py", "mem_slots: int =", "forget_bias: float = 2.0\\n    mem_slots: int ="]]
+""")
+    code, out, err = run("--dry_run")
+    assert code == 0 and "mine: a, seed 1: train" in out, err
+
+
+def test_known_times_are_those_of_the_experiment():
+    rows = [{"experiment": name, "row": "LM2", "minutes": minutes}
+            for name, minutes in (("ten", "60"), ("ten", "70"), ("text", "7"), ("text", ""))]
+    assert measured.known_seconds(rows) == {("ten", "LM2"): 65 * 60, ("text", "LM2"): 3.5 * 60}
 
 
 def test_it_needs_an_experiment(capsys, monkeypatch):
@@ -428,6 +481,9 @@ def test_losses_are_those_of_the_best_step_and_minutes_those_until_a_figure(lab)
     experiment.until = {"val_loss": 1.6}
     times = [(0.0, 0), (30.0, 5), (66.0, 12), (120.0, 20)]
     assert measured.reached(experiment, "minutes until val_loss 1.6", log, times) == "1.10"
+    experiment.until = {"loss": 1}
+    with pytest.raises(ValueError, match="until has loss, .* use step, val_loss"):
+        measured.reached(experiment, "minutes until loss 1", log, times)
     experiment.until = {"val_loss": 1.4}
     assert measured.reached(experiment, "minutes until val_loss 1.4", log, times) == ""
 

@@ -1,4 +1,5 @@
 """lib/experiment.py: what a TOML file of experiments/ describes, and what tells runs apart."""
+import math
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 
 from lib import experiment as ex
 from lib.experiment import ROOT
+from train import TrainConfig
 
 HEAD = """
 title = "A title"
@@ -55,7 +57,7 @@ def test_a_row_is_asked_what_the_experiment_and_it_say_shortest_first(load):
     assert list(experiment.cells(lm2).items()) == [("0k", 20), ("1k", 20), ("4k", 10), ("1M", 5)]
     assert experiment.cells(rmt) == {"0k": 20, "1k": 20}
     assert ("accuracy", "qa6", "4k", 10) in experiment.wanted(rag, 1)
-    assert experiment.trained(rag) is rmt and experiment.seeds_of(rag) == [1, 2]
+    assert experiment.answering_row(rag) is rmt and experiment.seeds_of(rag) == [1, 2]
 
 
 def test_five_lines_add_a_row(load):
@@ -105,6 +107,7 @@ change = [["lm2.py", "wide(C).tanh()", "wide(C).sigmoid()"]]
      "until has the figure 'low'"),
     ('curve = "val_loss"' + HEAD + ROWS, "curve='val_loss' is not measured"),
     ('name = "other"\n' + HEAD + ROWS, "name is not known"),
+    ('path = "other"\n' + HEAD + ROWS, "path is not known"),
     (HEAD.replace('tasks = "qa1,qa6"', "") + ROWS, "tasks= lists nothing"),
 ])
 def test_a_bad_file_is_refused_in_one_line_that_names_it(load, text, message):
@@ -137,6 +140,22 @@ def test_code_preset_and_flags_tell_runs_apart_and_the_rest_does_not(load):
     # the parameters of LM2 are those of RMT
     changed = ids(load, [('name = "LM2"', 'name = "LM2"\nflags = "--n_layer=2"')])
     assert changed[0] != lm2 and changed[1] != rmt
+
+
+def test_a_new_model_in_baselines_is_other_code_and_retrieval_counts_where_it_answers(
+        load, tmp_path):
+    shutil.copytree(ROOT / "baselines", tmp_path / "baselines")
+    (tmp_path / "train.py").touch()
+    code = f'code = "{tmp_path}"\n'
+    text = HEAD + (f'[[row]]\nname = "LM2"\n{code}[[row]]\nname = "RAG"\nrun_of = "LM2"\n'
+                   'ask_flags = "--rag=10"')
+    first = ids(load, text=text)
+    with open(tmp_path / "baselines/rag.py", "a") as f:
+        f.write("K = 2\n")
+    second = ids(load, text=text)
+    assert second[0] == first[0] and second[1] != first[1]
+    (tmp_path / "baselines/delta.py").write_text("K = 2\n")
+    assert not {*ids(load, text=text)} & {*first, *second}
 
 
 def test_comments_and_docstrings_do_not_change_what_code_does():
@@ -172,6 +191,7 @@ def test_a_change_of_the_code_is_made_in_a_copy(load, tmp_path):
     folder = ex.code_folder(experiment.row[0], tmp_path / "out")
     assert (folder / "lm2.py").read_text() == before.replace("wide(C).tanh()", "wide(C).sigmoid()")
     assert (ROOT / "lm2.py").read_text() == before and (folder / "data/babi.py").exists()
+    assert (folder / "look.py").exists(), "the run is opened with the code that trained it"
     assert ex.code_folder(experiment.row[0], tmp_path / "out") == folder
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
 
@@ -187,6 +207,15 @@ def test_two_that_copy_at_once_leave_one_copy(load, tmp_path, monkeypatch):
     monkeypatch.setattr(ex.tempfile, "mkdtemp", slower)
     folder = ex.code_folder(row, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == [folder.name]
+
+
+def test_tokens_are_planned_with_the_defaults_of_train(load, monkeypatch):
+    experiment = load(HEAD + ROWS)
+    monkeypatch.setattr(ex, "load_preset", lambda path: {})  # it says nothing of them
+    usual = TrainConfig()
+    assert ex.planned_tokens(experiment, experiment.row[0]) == math.prod((
+        usual.max_iters, usual.batch_size, usual.n_segments, usual.block_size,
+        usual.gradient_accumulation_steps))
 
 
 def test_rows_that_are_trained_alike_share_their_runs(load, tmp_path):
