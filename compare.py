@@ -75,6 +75,7 @@ class Job:
     seed: int
     keys: list          # what is missing of it, see Experiment.wanted
     folder: Path        # of its run
+    run: str            # the code and flags that it had when it was found, see lib/experiment.py
     needs: dict         # {row: folder} of the runs that it builds on
     size: str = ""      # parameters of the row to match, where results know them
     done: float = 0.0   # the share that is done
@@ -124,16 +125,19 @@ class Job:
 def check_flags(experiment):
     """
     Raises ValueError where train.py or eval_babilong.py of this checkout would refuse the flags of
-    a row: now, and not hours later. Other code may know other flags.
+    a row: now, and not hours later. Code of the row's own may know other flags.
     """
     for row in experiment.row:
         trained = experiment.answering_row(row)
+        changed = {"lm2.py", "train.py"} & {name for name, *_ in trained.change}
         try:
-            if not (trained.code or trained.change):
+            if not (trained.code or changed):
                 preset = ex.load_preset(experiment.preset_of(trained))
-                flags = from_dict(TrainConfig, preset | ex.flags_of(trained.flags))
+                begun = {"init_from": "run"} if trained.init_from else {}
+                flags = from_dict(TrainConfig, preset | begun | ex.flags_of(trained.flags))
                 if flags.dataset == "babilong":
                     parse_tasks(flags.tasks), course_of(flags)
+            ex.planned_tokens(experiment, trained)
             if experiment.cells(row) and not trained.code:
                 flags = {"tasks": experiment.tasks} | ex.flags_of(row.ask_flags)
                 from_dict(EvalConfig, flags | {"runs": ["run"]})
@@ -167,8 +171,9 @@ def find_jobs(experiment, config, rows):
             size = sizes.get(ex.run_id(experiment, experiment.named(row.match)), "")
         for seed in sorted({seed for _, seed in keys}, reverse=True):
             folder = ex.folder_of(experiment, row, seed, config.out_dir)
+            needs = ex.needs(experiment, row, seed, config.out_dir)
             job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder,
-                      ex.needs(experiment, row, seed, config.out_dir), size)
+                      ex.run_id(experiment, row), needs, size)
             needed = any(row.name in other.before and other.seed == seed for other in jobs)
             if job.keys or needed and not job.trained:
                 jobs.append(job)
@@ -198,9 +203,9 @@ class Work:
                 job.done = share
                 self.record(job, [key for key in job.keys if key[0] != "accuracy"])
                 self.ask(job, share, lock)
-        except (Failed, OSError, ValueError, LookupError, SyntaxError) as e:
+        except (Failed, OSError, ValueError, LookupError) as e:
             self.failed[job.name] = str(e)
-            tqdm.write(f"{job.name} failed, the others go on", file=sys.stderr)
+            tqdm.write(f"{job.name} failed, the others go on: {e}", file=sys.stderr)
         finally:
             job.done = 1.0
 
@@ -215,8 +220,9 @@ class Work:
     def code_of(self, job):
         """The folder of the programs for a job. Raises Failed where they are not today's."""
         experiment, out_dir = job.experiment, self.config.out_dir
-        if ex.folder_of(experiment, job.row, job.seed, out_dir) != job.folder:
-            raise Failed("its code was edited since compare.py began: start it again")
+        if ex.run_id(experiment, job.row) != job.run:
+            raise Failed("its code was edited since compare.py began: take the edit back, or begin "
+                         "anew, with the same command")
         return ex.code_folder(experiment.answering_row(job.row), out_dir)
 
     def missing_runs(self, job):

@@ -31,11 +31,14 @@ from data.files import read_utf8
 from lib.config import from_dict, load_preset
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("lm2.py", "train.py", "baselines/*.py", "data/text.py", "data/tokenizer.py",
+CODE = ("lm2.py", "train.py", "baselines/[!.]*.py", "data/text.py", "data/tokenizer.py",
         "lib/optim.py")  # what makes a run what it is; and of a data set:
 CODE_OF_DATA = {"babilong": ("data/babi.py", "data/babilong.py", "data/curriculum.py"),
-                "pairs": ("data/pairs.py", "data/curriculum.py")}
+                "pairs": ("data/pairs.py", "data/curriculum.py"),
+                "text": ("data/corpus.py",)}
 RAG = "baselines/rag.py"  # has a part in answers alone
+PROGRAMS = ("lm2.py", "train.py", "eval_babilong.py", "look.py", "sample.py")  # of a changed copy
+DERIVED = shutil.ignore_patterns("__pycache__", "*.bin", "*.json")  # token ids, made anew there
 
 
 @dataclass
@@ -208,7 +211,7 @@ def digest(*parts):
 def code_files(row, datasets):
     """The files that make a run of a row what it is, in the order of their names, of data sets."""
     folder = Path(row.code or ROOT)
-    patterns = CODE + tuple(name for dataset in datasets for name in CODE_OF_DATA.get(dataset, ()))
+    patterns = CODE + tuple(name for dataset in datasets for name in CODE_OF_DATA[dataset])
     return sorted({path.relative_to(folder).as_posix()
                    for pattern in patterns for path in folder.glob(pattern)} - {RAG})
 
@@ -240,11 +243,23 @@ def meaning(text):
     return ast.unparse(tree)
 
 
+def meaning_of(path, text=""):
+    """The `meaning` of a file, or of what it is changed to. Raises ValueError, OSError."""
+    try:
+        return meaning(text or read_utf8(path))
+    except SyntaxError as e:
+        raise ValueError(f"{path} is no Python code ({e}): mend it") from None
+
+
 def code_digest(row, dataset):
-    """8 hex digits of what the code of a row does, as far as a data set needs it."""
+    """
+    8 hex digits of what the code of a row does, as far as a data set needs it. Raises ValueError,
+    OSError.
+    """
     folder, changed = Path(row.code or ROOT), changed_files(row)
-    return digest([(name, meaning(changed.get(name) or read_utf8(folder / name)))
-                   for name in code_files(row, [dataset])])
+    kind = dataset if dataset in CODE_OF_DATA else "text"
+    return digest([(name, meaning_of(folder / name, changed.get(name)))
+                   for name in code_files(row, [kind])])
 
 
 def code_folder(row, out_dir):
@@ -252,8 +267,10 @@ def code_folder(row, out_dir):
     folder = Path(row.code or ROOT)
     if not row.change:
         return folder
-    programs, folders = sorted(folder.glob("*.py")), ("baselines", "data", "lib")
-    paths = programs + [path for name in folders for path in sorted((folder / name).glob("*.py"))]
+    folders = ("baselines", "data", "lib")
+    programs = [folder / name for name in PROGRAMS if (folder / name).exists()]
+    paths = programs + [path for name in folders
+                        for path in sorted((folder / name).glob("[!.]*.py"))]
     copy = Path(out_dir) / f"code-{digest(row.change, [read_utf8(path) for path in paths])}"
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +278,7 @@ def code_folder(row, out_dir):
         for path in programs:
             shutil.copy(path, aside)
         for name in folders:
-            shutil.copytree(folder / name, aside / name)
+            shutil.copytree(folder / name, aside / name, ignore=DERIVED)
         for name, text in changed_files(row).items():
             (aside / name).write_text(text, encoding="utf-8")
         try:
@@ -278,7 +295,7 @@ def train_id(experiment, row):
               if key != "out_dir"}
     before = [name and train_id(experiment, experiment.named(name))
               for name in (row.match, row.init_from)]
-    code = code_digest(row, preset.get("dataset"))
+    code = code_digest(row, flags_of(row.flags).get("dataset", preset.get("dataset")))
     return digest(code, preset, sorted(shlex.split(row.flags)), before)
 
 
@@ -287,7 +304,7 @@ def run_id(experiment, row):
     trained = train_id(experiment, row)
     rag = Path(experiment.answering_row(row).code or ROOT) / RAG
     if "rag" in flags_of(row.ask_flags) and rag.exists():
-        return digest(trained, row.ask_flags, meaning(read_utf8(rag)))
+        return digest(trained, row.ask_flags, meaning_of(rag))
     return digest(trained, row.ask_flags) if row.ask_flags else trained
 
 
@@ -326,11 +343,11 @@ def ask_flags(experiment, row, folder, length, n):
     """The flags of eval_babilong.py that ask a run n questions of each task at a length."""
     return [str(folder), f"--tasks={experiment.tasks}",
             f"--lengths={length}", f"--n_samples={n}", *shlex.split(row.ask_flags),
-            f"--out_dir={answers_folder(row, folder)}"]
+            f"--out_dir={answers_folder(experiment, row, folder)}"]
 
 
-def answers_folder(row, folder):
-    return folder / (f"answers-{digest(row.ask_flags)}" if row.ask_flags else "answers")
+def answers_folder(experiment, row, folder):
+    return folder / (f"answers-{run_id(experiment, row)}" if row.ask_flags else "answers")
 
 
 def planned_tokens(experiment, row):

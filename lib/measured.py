@@ -5,6 +5,7 @@ figure, with what gave it.
 import csv
 import io
 import json
+import shlex
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
@@ -138,8 +139,9 @@ def measured(experiment, row, seed, keys, folder):
         "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
         **origin(device), "commit": commit(trained.code or ex.ROOT), "device": hardware(device),
         "dtype": about["train"]["dtype"],
-        "command": f'python compare.py {experiment.path} --only="{row.name}"'}
-    answered, rows, copied = answers(row, folder), [], ["n", "right", "answers", "dtype", "torch"]
+        "command": f'python compare.py {shlex.quote(experiment.path)} --only="{row.name}"'}
+    answered, rows = answers(experiment, row, folder), []
+    copied = ["n", "right", "answers", "dtype", "torch"]
     if not trained.change:  # a changed copy knows no commit
         copied.append("commit")
     for measure, task, length, n in keys:
@@ -159,9 +161,9 @@ def measured(experiment, row, seed, keys, folder):
     return rows
 
 
-def answers(row, folder):
+def answers(experiment, row, folder):
     """{(task, length, n): row of results.csv} of what eval_babilong.py asked a run for a row."""
-    path = ex.answers_folder(row, folder) / "results.csv"
+    path = ex.answers_folder(experiment, row, folder) / "results.csv"
     if not path.exists():
         return {}
     rows = csv.DictReader(io.StringIO(read_utf8(path), newline=""))

@@ -12,8 +12,10 @@ def origin(device):
     return {"commit": commit(), "torch": torch.__version__, "device": device_name(device)}
 
 
-def commit(folder=Path(__file__).parent):
-    """The commit of the code in a folder, "unknown" outside of git."""
+def commit(folder=Path(__file__).parent.parent):
+    """The commit of the checkout in a folder, "unknown" where it is none."""
+    if not (Path(folder) / ".git").exists():  # git would name that of a folder above
+        return "unknown"
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True)

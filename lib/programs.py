@@ -44,6 +44,7 @@ class Programs:
         env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | {"TQDM_DISABLE": "1"}
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", encoding="utf-8") as f:
+            print(program, *flags, file=f, flush=True)
             process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
                                        stderr=f, start_new_session=True,
                                        pass_fds=[lock.fileno()] if fcntl else [])
@@ -63,7 +64,7 @@ class Programs:
         if self.stopped:
             raise KeyboardInterrupt
         if process.returncode:
-            *_, last = read_utf8(output).strip().splitlines() or ["it said nothing"]
+            *_, last = read_utf8(output).strip().splitlines()[1:] or ["it said nothing"]
             reason = f"signal {-process.returncode}: " if process.returncode < 0 else ""
             raise Failed(f"{reason}{last} (all of it: {output})")
 

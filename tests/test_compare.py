@@ -15,6 +15,7 @@ from conftest import REPO, SMALL, is_one_line
 import compare
 from lib import experiment as ex
 from lib import measured, programs
+from lib.origin import commit
 
 TRAIN = '''
 import json, pathlib, signal, sys, time
@@ -341,7 +342,7 @@ def test_code_that_is_edited_while_compare_runs_gives_no_results(lab, run):
     edit = 'pathlib.Path(__file__).with_name("lm2.py").write_text("new = 1")'
     (lab.folder / "quick/train.py").write_text(f"{TRAIN}    if step == 4:\n        {edit}")
     code, _, err = run("--seeds=1", "--only=base")
-    assert code == 1 and "its code was edited since compare.py began: start it again" in err
+    assert code == 1 and "its code was edited since compare.py began: take the edit back" in err
     assert not (lab.folder / "results").exists()
     code, out, _ = run("--seeds=1", "--only=base")
     assert code == 0 and "| base |" in out
@@ -351,7 +352,7 @@ def test_code_that_is_edited_while_compare_runs_gives_no_results(lab, run):
 def test_a_failure_is_told_while_the_others_go_on_and_at_the_end(lab, run):
     lab.write('[[row]]\nname = "base"', '[[row]]\nname = "bad"\nflags = "--fail=1"')
     code, _, err = run("--seeds=1", "--jobs=1")
-    assert code == 1 and "mine: bad, seed 1 failed, the others go on" in err
+    assert code == 1 and "mine: bad, seed 1 failed, the others go on: error: fail=1" in err
     assert err.splitlines()[-1].startswith("error: mine: bad, seed 1 failed: error: fail=1")
 
 
@@ -406,6 +407,10 @@ def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, c
     assert loss["commit"] == "that"
 
 
+def test_a_folder_without_git_of_its_own_has_no_commit():
+    assert commit(REPO / "experiments") == commit("/") == "unknown"
+
+
 def test_results_of_other_seeds_and_rows_stay(lab, run):
     run("--seeds=1", "--jobs=2")
     first = lab.results()
@@ -440,6 +445,8 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
 @pytest.mark.parametrize("row, named", [
     ('flags = "--mem_slot=8"', "row 'a': mem_slot is not known"),
     ('flags = "--mem_slots=0"', "mem_slots=0"), ('flags = "--memory=none"', "time dilation"),
+    ('flags = "--max_iters=1e3"\nchange = [["lm2.py", "wide(C).tanh()", "C"]]', "1e3"),
+    ('flags = "--mem_slot=8"\nchange = [["lib/optim.py", "import torch\\n", ""]]', "mem_slot"),
     ('flags = "--max_iters=abc"', "max_iters=abc"),
     ('ask_flags = "--ragg=10"', "ragg is not known"), ('ask_flags = "--rag=-1"', "rag=-1")])
 def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab, run, row, named):
@@ -456,6 +463,13 @@ change = [["lm2.py", "mem_slots: int =", "forget_bias: float = 2.0\\n    mem_slo
 """)
     code, out, err = run("--dry_run")
     assert code == 0 and "mine: a, seed 1: train" in out, err
+
+
+def test_a_row_that_goes_on_from_another_may_freeze_it(lab, run):
+    (lab.folder / "mine.toml").write_text(
+        f'{HEAD}[[row]]\nname = "a"\n[[row]]\nname = "b"\ninit_from = "a"\n'
+        'flags = "--freeze=decoder"')
+    assert run("--dry_run")[0] == 0
 
 
 def test_known_times_are_those_of_the_experiment():

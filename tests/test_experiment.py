@@ -149,13 +149,37 @@ def test_a_new_model_in_baselines_is_other_code_and_retrieval_counts_where_it_an
     code = f'code = "{tmp_path}"\n'
     text = HEAD + (f'[[row]]\nname = "LM2"\n{code}[[row]]\nname = "RAG"\nrun_of = "LM2"\n'
                    'ask_flags = "--rag=10"')
-    first = ids(load, text=text)
+    def answers():
+        experiment = load(text)
+        return [ex.answers_folder(experiment, row, tmp_path) for row in experiment.row]
+
+    first, asked = ids(load, text=text), answers()
     with open(tmp_path / "baselines/rag.py", "a") as f:
         f.write("K = 2\n")
     second = ids(load, text=text)
     assert second[0] == first[0] and second[1] != first[1]
+    assert answers()[0] == asked[0] and answers()[1] != asked[1], "what it said is not taken over"
+    (tmp_path / "baselines/.#rmt.py").symlink_to("an editor's lock")
+    assert ids(load, text=text) == second
     (tmp_path / "baselines/delta.py").write_text("K = 2\n")
     assert not {*ids(load, text=text)} & {*first, *second}
+    (tmp_path / "baselines/delta.py").write_text("K =\n")
+    with pytest.raises(ValueError, match="delta.py is no Python code .* mend it"):
+        ids(load, text=text)
+
+
+def test_the_code_of_the_data_counts_whichever_flag_names_them(load, tmp_path):
+    for name in ("data/curriculum.py", "data/corpus.py", "train.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    rows = [f'[[row]]\nname = "{name}"\ncode = "{tmp_path}"\nflags = "--dataset={name}"\n'
+            for name in ("babilong", "shakespeare")]
+    first = ids(load, text=HEAD + "".join(rows))
+    for number, name in enumerate(("curriculum", "corpus")):
+        with open(tmp_path / f"data/{name}.py", "a") as f:
+            f.write("K = 2\n")
+        changed = [a != b for a, b in zip(first, ids(load, text=HEAD + "".join(rows)))]
+        assert changed == [True, number == 1]
 
 
 def test_comments_and_docstrings_do_not_change_what_code_does():

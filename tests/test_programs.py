@@ -9,14 +9,17 @@ from lib.programs import Failed, Programs, locked
 
 @pytest.fixture
 def call(tmp_path, monkeypatch):
-    """Run the source of a program -> what it said."""
+    """Run the source of a program -> what it said, behind the line that says what was called."""
     monkeypatch.setattr(programs, "POLL", 0.02)
 
     def call(source, threads=1):
         (tmp_path / "program.py").write_text(source)
+        output = tmp_path / "said.txt"
         with locked(tmp_path / "run") as lock:
-            Programs(threads).call(tmp_path / "program.py", [], tmp_path / "said.txt", lock)
-        return (tmp_path / "said.txt").read_text().strip()
+            Programs(threads).call(tmp_path / "program.py", ["--seed=1"], output, lock)
+        called, *said = output.read_text().splitlines()
+        assert called == f"{tmp_path / 'program.py'} --seed=1"
+        return "\n".join(said)
     return call
 
 
