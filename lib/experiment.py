@@ -209,7 +209,7 @@ def digest(*parts):
 
 
 def code_files(row, datasets):
-    """The files that make a run of a row what it is, in the order of their names, of data sets."""
+    """Sorted paths of the files that make a run of a row what it is, on any of the data sets."""
     folder = Path(row.code or ROOT)
     patterns = CODE + tuple(name for dataset in datasets for name in CODE_OF_DATA[dataset])
     return sorted({path.relative_to(folder).as_posix()
