@@ -6,8 +6,9 @@ See what the memory does: where an answer comes from, what is written and kept, 
     python look.py out/shakespeare --start="ROMEO:"          # the same, of a short text
     python look.py out/qa1 --length=4k --n_samples=100       # what do answers come from?
 
-Prints what the answer came from, with its shares in what the memory gave, and writes look.png and
-look.html; with --n_samples a count over as many stories, and look.csv. From Python:
+Prints the sentences that the answer came from, with their shares in what the memory gave, and
+writes look.png and look.html; with --n_samples a count over as many stories, and look.csv. From
+Python:
 
     from look import shares, trace    # lib/trace.py says what they give
 """
@@ -136,10 +137,10 @@ def show(view):
         print(view.why)
         return
     print(f"What the last token read of the memory, in block {view.layer + 1}, by the segment that "
-          "wrote it, and in [ ] what its slots looked at most:")
+          "wrote it; in [ ] what its slots looked at most:")
     first, others = view.sources[:PRINTED], view.sources[PRINTED:]
     for source in first:
-        print(f"{source.share:6.1%}  segment {source.segment}: ...{source.text}...")
+        print(f"{source.share:6.1%}  segment {source.segment}: {source.text}")
     print(f"{sum(source.share for source in others):6.1%}  all other segments")
     print(f"{view.reads[view.layer].identity:6.1%}  what the memory was at the start")
 

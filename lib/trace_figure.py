@@ -98,7 +98,7 @@ def draw_shares(figure, view):
         x = source.segment
         left = x < len(shares) / 2
         color = SUPPORT if rank == 0 else PALE
-        axes.annotate(f"{source.share:.0%}  ...{source.text}...",
+        axes.annotate(f"{source.share:.0%}  {source.text}",
                       (x, shares[x]), xytext=(12 if left else -12, 90 - 18 * rank),
                       textcoords=("offset points", "data"), ha="left" if left else "right",
                       va="center", size=9.5, color=color,

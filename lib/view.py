@@ -2,6 +2,7 @@
 What look.py shows of a trace: a text, and what each of its tokens gave to the last one through the
 memory. lib/trace_figure.py draws it, lib/trace_page.py writes it as a page.
 """
+import re
 from codecs import getincrementaldecoder
 from typing import NamedTuple
 
@@ -13,7 +14,10 @@ from lib.trace import carried_on, contributions, effects
 from lm2 import require
 
 STILL = 0.01  # slots none of whose numbers moves so far are said never to change
-BEFORE, AFTER = 34, 10  # characters shown around the tokens that slots looked at
+NEAR = 60     # tokens around those that slots looked at among which a sentence's ends are sought
+BEFORE, AFTER = 44, 24  # characters of a sentence before and behind them that are shown
+BACK = 2      # and tokens back from them whose sentence is shown as well
+SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s|$)|\n")
 BEHIND = 4    # tokens behind a sentence that still count as a look at it
 KINDS = {"support": "a supporting fact", "fact": "another fact", "text": "other text"}
 
@@ -43,7 +47,7 @@ class Source(NamedTuple):
     """A segment that gave something, and where its slots looked most."""
     share: float
     segment: int
-    text: str  # what slots looked at stands in [ ], with the text around it
+    text: str  # the sentence there; what slots looked at stands in [ ]
 
 
 class View(NamedTuple):
@@ -77,6 +81,20 @@ def last_read(model, found, layer):
                     weights / weights.sum())
 
 
+def sentence_of(words, start, end):
+    """
+    The sentence around tokens start to end - 1, which stand in [ ], and the one that ends right
+    before them; of a long one what is near, with "...".
+    """
+    begin, looked = max(0, start - BACK), "".join(words[start:end])
+    far, behind = "".join(words[max(0, begin - NEAR):begin]), "".join(words[end:end + NEAR])
+    before = SENTENCE_END.split(far)[-1].lstrip() + "".join(words[begin:start])
+    after = SENTENCE_END.split(looked[-1:] + behind)[0].removeprefix(looked[-1:])
+    before = f"...{before[-BEFORE:]}" if len(before) > BEFORE else before
+    after = f"{after[:AFTER].rstrip()}..." if len(after) > AFTER else after
+    return " ".join(f"{before}[{looked}]{after}".split())
+
+
 def sources_of(read, words, T):
     """The Sources of a LastRead, the largest share first; T tokens are a segment."""
     found = []
@@ -85,10 +103,7 @@ def sources_of(read, words, T):
         most = max(range(T), key=tokens.__getitem__)
         near = [i for i in range(T) if abs(i - most) <= 2 and tokens[i] >= tokens[most] / 4]
         start, end = segment * T + near[0], segment * T + near[-1] + 1
-        before = "".join(words[max(0, start - BEFORE):start])[-BEFORE:]
-        after = "".join(words[end:end + AFTER])[:AFTER]
-        text = f"{before}[{''.join(words[start:end])}]{after}"
-        found.append(Source(share, segment, " ".join(text.split())))
+        found.append(Source(share, segment, sentence_of(words, start, end)))
     return sorted(found, key=lambda source: source.share, reverse=True)
 
 
