@@ -125,18 +125,21 @@ class Job:
 def check_flags(experiment):
     """
     Raises ValueError where train.py or eval_babilong.py of this checkout would refuse the flags of
-    a row: now, and not hours later. Code of the row's own may know other flags.
+    a row: now, and not hours later. Another checkout may know other ones; and what is in the text
+    that a change brings is its own.
     """
     for row in experiment.row:
         trained = experiment.answering_row(row)
-        changed = {"lm2.py", "train.py"} & {name for name, *_ in trained.change}
+        brought = " ".join(new for _, _, new in trained.change)
         try:
-            if not (trained.code or changed):
+            if not trained.code:
+                flags = {"init_from": "run"} if trained.init_from else {}
+                flags |= {name: value for name, value in ex.flags_of(trained.flags).items()
+                          if not (name in brought or value in brought)}
                 preset = ex.load_preset(experiment.preset_of(trained))
-                begun = {"init_from": "run"} if trained.init_from else {}
-                flags = from_dict(TrainConfig, preset | begun | ex.flags_of(trained.flags))
-                if flags.dataset == "babilong":
-                    parse_tasks(flags.tasks), course_of(flags)
+                run = from_dict(TrainConfig, preset | flags)
+                if run.dataset == "babilong":
+                    parse_tasks(run.tasks), course_of(run)
             ex.planned_tokens(experiment, trained)
             if experiment.cells(row) and not trained.code:
                 flags = {"tasks": experiment.tasks} | ex.flags_of(row.ask_flags)
@@ -211,19 +214,22 @@ class Work:
 
     def record(self, job, keys):
         """Put what was measured into results. Raises Failed, OSError, ValueError."""
-        self.code_of(job)  # is it still that of the run?
+        self.check_unedited(job)
         with self.saving:
             if keys:
                 measured.save(job.experiment, job.row, job.seed, keys, job.folder,
                               self.config.results_dir)
 
+    def check_unedited(self, job):
+        """Raises Failed where the code of a job is not that of its run any more."""
+        if ex.run_id(job.experiment, job.row) != job.run:
+            raise Failed("its code or preset was edited since compare.py began: take the edit "
+                         "back, or begin anew, with the same command")
+
     def code_of(self, job):
-        """The folder of the programs for a job. Raises Failed where they are not today's."""
-        experiment, out_dir = job.experiment, self.config.out_dir
-        if ex.run_id(experiment, job.row) != job.run:
-            raise Failed("its code was edited since compare.py began: take the edit back, or begin "
-                         "anew, with the same command")
-        return ex.code_folder(experiment.answering_row(job.row), out_dir)
+        """The folder of the programs for a job. Raises Failed where they were edited."""
+        self.check_unedited(job)
+        return ex.code_folder(job.experiment.answering_row(job.row), self.config.out_dir)
 
     def missing_runs(self, job):
         """Names of the jobs whose runs a job needs and that are not there yet, a set."""
@@ -321,7 +327,7 @@ def show(experiment, rows, results_dir):
           f"{difference_table(rows, current)}")
     path = Path(results_dir) / f"{experiment.name}.png"
     log = measured.read_log(results_dir, experiment.name)
-    plot(rows, path, experiment.title, log, experiment.curve, current)
+    plot(rows, path, experiment.title, log, experiment.curve)
     print(f"\n{path.with_suffix('.csv')}, {path}")
 
 

@@ -287,7 +287,7 @@ class MemoryBank(nn.Module):
         """Input and forget gate, Eq. 4 and 5, (B, S, N, D), float32. C is what may be written; x,
         which the input gate sees, is C with `attend`, h with `aligned`. repeats: `LM2.forward`."""
         g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
-        z = wide(self.w_forget(C)).clamp(max=60)  # from 104 on series would be 0 / 0
+        z = wide(self.w_forget(C)).clamp(max=60)  # from 104 on `series` below would be 0 / 0
         g_forget = z.sigmoid()                                          # Eq. 5
         if repeats is None:
             return g_in, g_forget
@@ -300,7 +300,7 @@ class MemoryBank(nn.Module):
 
     def update(self, M, C, g_in, g_forget):
         """The bank after a segment, Eq. 6. M, the bank before it, C and gates, all (B, 1, N, D)"""
-        return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6; R times in `gates`
+        return g_in * wide(C).tanh() + g_forget * M                     # Eq. 6 (R times: `gates`)
 
     def write_attend(self, keys, values, M, repeats=None):
         """Write with any N up to D. keys and values as in `content`, M (B, 1, N, D) -> the bank

@@ -37,8 +37,8 @@ CODE_OF_DATA = {"babilong": ("data/babi.py", "data/babilong.py", "data/curriculu
                 "pairs": ("data/pairs.py", "data/curriculum.py"),
                 "text": ("data/corpus.py",)}
 RAG = "baselines/rag.py"  # has a part in answers alone
-PROGRAMS = ("lm2.py", "train.py", "eval_babilong.py", "look.py", "sample.py")  # of a changed copy
-DERIVED = shutil.ignore_patterns("__pycache__", "*.bin", "*.json")  # token ids, made anew there
+COPIED = ("lm2.py", "train.py", "eval_babilong.py", "look.py", "sample.py")  # besides folders
+DERIVED = shutil.ignore_patterns("__pycache__", "*.bin", "*.json")  # made anew there: token ids
 
 
 @dataclass
@@ -188,7 +188,8 @@ def load(path):
             raise ValueError(f"it has no {sorted(missing)[0]}")
         for key in ("name", "path"):
             if key in values:
-                raise ValueError(f"{key} is not known: the file's name is the experiment's")
+                raise ValueError(f"{key} is not known: leave it out, the file's name is the "
+                                 "experiment's")
         found = from_dict(Experiment, {"name": Path(path).stem, "path": str(path), **values})
         for row in found.row:
             load_preset(found.preset_of(row))
@@ -243,7 +244,7 @@ def meaning(text):
     return ast.unparse(tree)
 
 
-def meaning_of(path, text=""):
+def meaning_of(path, text=None):
     """The `meaning` of a file, or of what it is changed to. Raises ValueError, OSError."""
     try:
         return meaning(text or read_utf8(path))
@@ -268,7 +269,7 @@ def code_folder(row, out_dir):
     if not row.change:
         return folder
     folders = ("baselines", "data", "lib")
-    programs = [folder / name for name in PROGRAMS if (folder / name).exists()]
+    programs = [folder / name for name in COPIED if (folder / name).exists()]
     paths = programs + [path for name in folders
                         for path in sorted((folder / name).glob("[!.]*.py"))]
     copy = Path(out_dir) / f"code-{digest(row.change, [read_utf8(path) for path in paths])}"

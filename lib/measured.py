@@ -61,7 +61,7 @@ def write_results(path, rows, columns=COLUMNS):
 def missing(experiment, row, seed, rows, again=False):
     """
     The keys of Experiment.wanted that no row of results answers, with as many questions or more.
-    again: one of other code or flags does not count, either.
+    again: rows of other code or flags do not count.
     """
     run = ex.run_id(experiment, row)
     found = {(old["measure"], old["task"], old["length"]): int(old["n"] or 0) for old in rows
@@ -74,8 +74,9 @@ def known_seconds(rows):
     """{(experiment, row): mean seconds of training} of results."""
     found = defaultdict(list)
     for row in rows:
-        found[row["experiment"], row["row"]].append(60 * float(row["minutes"] or 0))
-    return {name: mean(seconds) for name, seconds in found.items() if mean(seconds)}
+        if float(row["minutes"] or 0):
+            found[row["experiment"], row["row"]].append(60 * float(row["minutes"]))
+    return {name: mean(seconds) for name, seconds in found.items()}
 
 
 def outdated(experiment, rows):

@@ -14,9 +14,8 @@ from lib.trace import carried_on, contributions, effects
 from lm2 import require
 
 STILL = 0.01  # slots none of whose numbers moves so far are said never to change
-NEAR = 60     # tokens around those that slots looked at among which a sentence's ends are sought
-BEFORE, AFTER = 44, 24  # characters of a sentence before and behind them that are shown
-BACK = 2      # and tokens back from them whose sentence is shown as well
+NEAR = 60     # tokens before and behind what slots looked at, where its sentence's ends are sought
+BEFORE, AFTER = 30, 14  # characters of that sentence before and behind it that are shown
 SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s|$)|\n")
 BEHIND = 4    # tokens behind a sentence that still count as a look at it
 KINDS = {"support": "a supporting fact", "fact": "another fact", "text": "other text"}
@@ -83,10 +82,10 @@ def last_read(model, found, layer):
 
 def sentence_of(words, start, end):
     """
-    The sentence around tokens start to end - 1, which stand in [ ], and the one that ends right
-    before them; of a long one what is near, with "...".
+    The sentence around tokens start to end - 1, which stand in [ ], with one that ends up to BEHIND
+    tokens before them; of a long one what is near, with "...".
     """
-    begin, looked = max(0, start - BACK), "".join(words[start:end])
+    begin, looked = max(0, start - BEHIND), "".join(words[start:end])
     far, behind = "".join(words[max(0, begin - NEAR):begin]), "".join(words[end:end + NEAR])
     before = SENTENCE_END.split(far)[-1].lstrip() + "".join(words[begin:start])
     after = SENTENCE_END.split(looked[-1:] + behind)[0].removeprefix(looked[-1:])
@@ -103,6 +102,8 @@ def sources_of(read, words, T):
         most = max(range(T), key=tokens.__getitem__)
         near = [i for i in range(T) if abs(i - most) <= 2 and tokens[i] >= tokens[most] / 4]
         start, end = segment * T + near[0], segment * T + near[-1] + 1
+        while end < len(words) and not any(words[start:end]):  # the beginning of a character
+            end += 1
         found.append(Source(share, segment, sentence_of(words, start, end)))
     return sorted(found, key=lambda source: source.share, reverse=True)
 

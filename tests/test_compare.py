@@ -342,7 +342,7 @@ def test_code_that_is_edited_while_compare_runs_gives_no_results(lab, run):
     edit = 'pathlib.Path(__file__).with_name("lm2.py").write_text("new = 1")'
     (lab.folder / "quick/train.py").write_text(f"{TRAIN}    if step == 4:\n        {edit}")
     code, _, err = run("--seeds=1", "--only=base")
-    assert code == 1 and "its code was edited since compare.py began: take the edit back" in err
+    assert code == 1 and "its code or preset was edited since compare.py began: take" in err
     assert not (lab.folder / "results").exists()
     code, out, _ = run("--seeds=1", "--only=base")
     assert code == 0 and "| base |" in out
@@ -446,7 +446,7 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
     ('flags = "--mem_slot=8"', "row 'a': mem_slot is not known"),
     ('flags = "--mem_slots=0"', "mem_slots=0"), ('flags = "--memory=none"', "time dilation"),
     ('flags = "--max_iters=1e3"\nchange = [["lm2.py", "wide(C).tanh()", "C"]]', "1e3"),
-    ('flags = "--mem_slot=8"\nchange = [["lib/optim.py", "import torch\\n", ""]]', "mem_slot"),
+    ('flags = "--mem_slot=8"\nchange = [["lm2.py", "wide(C).tanh()", "C"]]', "mem_slot is not"),
     ('flags = "--max_iters=abc"', "max_iters=abc"),
     ('ask_flags = "--ragg=10"', "ragg is not known"), ('ask_flags = "--rag=-1"', "rag=-1")])
 def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab, run, row, named):
@@ -458,8 +458,9 @@ def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab,
 def test_a_change_may_bring_a_flag_of_its_own(lab, run):
     (lab.folder / "mine.toml").write_text(HEAD + """[[row]]
 name = "a"
-flags = "--forget_bias=4"
-change = [["lm2.py", "mem_slots: int =", "forget_bias: float = 2.0\\n    mem_slots: int ="]]
+flags = "--forget_bias=4 --mem_write=delta"
+change = [["lm2.py", "mem_slots: int =", "forget_bias: float = 2.0\\n    mem_slots: int ="],
+          ["lm2.py", "attend aligned", "attend aligned delta"]]
 """)
     code, out, err = run("--dry_run")
     assert code == 0 and "mine: a, seed 1: train" in out, err
@@ -475,7 +476,7 @@ def test_a_row_that_goes_on_from_another_may_freeze_it(lab, run):
 def test_known_times_are_those_of_the_experiment():
     rows = [{"experiment": name, "row": "LM2", "minutes": minutes}
             for name, minutes in (("ten", "60"), ("ten", "70"), ("text", "7"), ("text", ""))]
-    assert measured.known_seconds(rows) == {("ten", "LM2"): 65 * 60, ("text", "LM2"): 3.5 * 60}
+    assert measured.known_seconds(rows) == {("ten", "LM2"): 65 * 60, ("text", "LM2"): 7 * 60}
 
 
 def test_it_needs_an_experiment(capsys, monkeypatch):
