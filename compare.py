@@ -122,26 +122,32 @@ class Job:
         return training, tokens / READ_PER_SECOND
 
 
+def check_train_flags(experiment, row):
+    """
+    Raises ValueError where train.py of this checkout would refuse the flags of a row, except for
+    those whose name or value the text of its change brings.
+    """
+    brought = " ".join(new for _, _, new in row.change)
+    flags = {"init_from": "run"} if row.init_from else {}
+    flags |= {name: value for name, value in ex.flags_of(row.flags).items()
+              if name not in brought and value not in brought}
+    config = from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags)
+    if config.dataset == "babilong":
+        parse_tasks(config.tasks)
+        course_of(config)
+
+
 def check_flags(experiment):
     """
-    Raises ValueError where train.py or eval_babilong.py of this checkout would refuse the flags of
-    a row: now, and not hours later. Another checkout may know other ones; and what is in the text
-    that a change brings is its own.
+    Raises ValueError where train.py or eval_babilong.py would refuse the flags of a row: now, and
+    not hours later. What another checkout refuses is not known here.
     """
     for row in experiment.row:
-        trained = experiment.answering_row(row)
-        brought = " ".join(new for _, _, new in trained.change)
         try:
-            if not trained.code:
-                flags = {"init_from": "run"} if trained.init_from else {}
-                flags |= {name: value for name, value in ex.flags_of(trained.flags).items()
-                          if not (name in brought or value in brought)}
-                preset = ex.load_preset(experiment.preset_of(trained))
-                run = from_dict(TrainConfig, preset | flags)
-                if run.dataset == "babilong":
-                    parse_tasks(run.tasks), course_of(run)
-            ex.planned_tokens(experiment, trained)
-            if experiment.cells(row) and not trained.code:
+            if not (row.code or row.run_of):
+                check_train_flags(experiment, row)
+            ex.planned_tokens(experiment, row)
+            if experiment.cells(row) and not experiment.answering_row(row).code:
                 flags = {"tasks": experiment.tasks} | ex.flags_of(row.ask_flags)
                 from_dict(EvalConfig, flags | {"runs": ["run"]})
         except ValueError as e:
@@ -172,11 +178,12 @@ def find_jobs(experiment, config, rows):
         size = ""
         if row.match and not row.code:  # another checkout's train.py may not take a number
             size = sizes.get(ex.run_id(experiment, experiment.named(row.match)), "")
+        run = ex.run_id(experiment, row)
         for seed in sorted({seed for _, seed in keys}, reverse=True):
             folder = ex.folder_of(experiment, row, seed, config.out_dir)
             needs = ex.needs(experiment, row, seed, config.out_dir)
-            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder,
-                      ex.run_id(experiment, row), needs, size)
+            job = Job(experiment, row, seed, keys.get((row.name, seed), []), folder, run,
+                      needs, size)
             needed = any(row.name in other.before and other.seed == seed for other in jobs)
             if job.keys or needed and not job.trained:
                 jobs.append(job)

@@ -37,8 +37,8 @@ CODE_OF_DATA = {"babilong": ("data/babi.py", "data/babilong.py", "data/curriculu
                 "pairs": ("data/pairs.py", "data/curriculum.py"),
                 "text": ("data/corpus.py",)}
 RAG = "baselines/rag.py"  # has a part in answers alone
-COPIED = ("lm2.py", "train.py", "eval_babilong.py", "look.py", "sample.py")  # besides folders
-DERIVED = shutil.ignore_patterns("__pycache__", "*.bin", "*.json")  # made anew there: token ids
+COPIED = ("lm2.py", "train.py", "eval_babilong.py", "look.py", "sample.py")  # for a `change`
+DERIVED = shutil.ignore_patterns("__pycache__", "*.bin", "*.json")  # token ids and bytecode
 
 
 @dataclass
@@ -57,6 +57,11 @@ class Row:
     ask_flags: str = ""    # of eval_babilong.py
     longest: str = ""      # the last length that is asked
     asked: bool = True     # false: it is trained for another row's init_from alone
+
+    @property
+    def checkout(self):
+        """The folder of its code, before its change."""
+        return Path(self.code or ROOT)
 
 
 @dataclass
@@ -211,7 +216,7 @@ def digest(*parts):
 
 def code_files(row, datasets):
     """Sorted paths of the files that make a run of a row what it is, on any of the data sets."""
-    folder = Path(row.code or ROOT)
+    folder = row.checkout
     patterns = CODE + tuple(name for dataset in datasets for name in CODE_OF_DATA[dataset])
     return sorted({path.relative_to(folder).as_posix()
                    for pattern in patterns for path in folder.glob(pattern)} - {RAG})
@@ -224,7 +229,7 @@ def changed_files(row):
         if name not in known:
             raise ValueError(f"row {row.name!r} changes {name}, which does not count as part of a "
                              f"run: change one of {', '.join(known)}")
-        text = texts.get(name) or read_utf8(Path(row.code or ROOT) / name)
+        text = texts.get(name) or read_utf8(row.checkout / name)
         if text.count(old) != 1:
             raise ValueError(f"row {row.name!r} changes {old!r}, which is {text.count(old)} times "
                              f"in {name}: it must be there once")
@@ -257,15 +262,15 @@ def code_digest(row, dataset):
     8 hex digits of what the code of a row does, as far as a data set needs it. Raises ValueError,
     OSError.
     """
-    folder, changed = Path(row.code or ROOT), changed_files(row)
+    changed = changed_files(row)
     kind = dataset if dataset in CODE_OF_DATA else "text"
-    return digest([(name, meaning_of(folder / name, changed.get(name)))
+    return digest([(name, meaning_of(row.checkout / name, changed.get(name)))
                    for name in code_files(row, [kind])])
 
 
 def code_folder(row, out_dir):
     """The folder whose programs a row runs: a checkout, or a copy of it with the row's change."""
-    folder = Path(row.code or ROOT)
+    folder = row.checkout
     if not row.change:
         return folder
     folders = ("baselines", "data", "lib")
@@ -303,7 +308,7 @@ def train_id(experiment, row):
 def run_id(experiment, row):
     """What the results of a row have in common: how its runs were trained, and asked."""
     trained = train_id(experiment, row)
-    rag = Path(experiment.answering_row(row).code or ROOT) / RAG
+    rag = experiment.answering_row(row).checkout / RAG
     if "rag" in flags_of(row.ask_flags) and rag.exists():
         return digest(trained, row.ask_flags, meaning_of(rag))
     return digest(trained, row.ask_flags) if row.ask_flags else trained

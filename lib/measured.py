@@ -14,7 +14,7 @@ from data.babilong import parse_length, parse_tasks
 from data.files import atomic_open, read_utf8
 from lib import experiment as ex
 from lib.device import pick_device
-from lib.origin import commit, hardware, origin
+from lib.origin import hardware, origin
 
 COLUMNS = ("experiment", "row", "seed", "measure", "task", "length", "n", "right", "answers",
            "value", "parameters", "minutes", "tokens_per_s", "run", "commit", "command", "device",
@@ -138,7 +138,7 @@ def measured(experiment, row, seed, keys, folder):
         "experiment": experiment.name, "row": row.name, "seed": seed,
         "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}",
         "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
-        **origin(device), "commit": commit(trained.code or ex.ROOT), "device": hardware(device),
+        **origin(device, trained.checkout), "device": hardware(device),
         "dtype": about["train"]["dtype"],
         "command": f'python compare.py {shlex.quote(experiment.path)} --only="{row.name}"'}
     answered, rows = answers(experiment, row, folder), []

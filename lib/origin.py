@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
-
-def origin(device):
-    """{commit, torch, device}: what a figure was measured with, on a torch.device."""
-    return {"commit": commit(), "torch": torch.__version__, "device": device_name(device)}
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def commit(folder=Path(__file__).parent.parent):
+def origin(device, folder=ROOT):
+    """{commit, torch, device}: what a figure was measured with: a torch.device, a checkout."""
+    return {"commit": commit(folder), "torch": torch.__version__, "device": device_name(device)}
+
+
+def commit(folder):
     """The commit of the checkout in a folder, "unknown" where it is none."""
     if not (Path(folder) / ".git").exists():  # git would name that of a folder above
         return "unknown"

@@ -3,6 +3,7 @@ The programs that compare.py runs beside one another, all stopped together; and 
 which its program keeps.
 """
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,15 +37,16 @@ class Programs:
 
     def call(self, program, flags, output, lock, watch=lambda: None):
         """
-        Run a Python program; watch() is called every POLL seconds. The program keeps the lock of
-        its run, should this one be killed. Raises Failed, KeyboardInterrupt where it was stopped.
+        Run a Python program. Its command and what it says go into the file output; watch() is
+        called every POLL seconds. The program keeps the lock of its run, should this one be killed.
+        Raises Failed, KeyboardInterrupt where it was stopped.
         """
         if self.stopped:
             raise KeyboardInterrupt
         env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | {"TQDM_DISABLE": "1"}
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", encoding="utf-8") as f:
-            print(program, *flags, file=f, flush=True)
+            print(shlex.join([str(program), *flags]), file=f, flush=True)
             process = subprocess.Popen([sys.executable, str(program), *flags], env=env, stdout=f,
                                        stderr=f, start_new_session=True,
                                        pass_fds=[lock.fileno()] if fcntl else [])

@@ -88,7 +88,8 @@ def sentence_of(words, start, end):
     begin, looked = max(0, start - BEHIND), "".join(words[start:end])
     far, behind = "".join(words[max(0, begin - NEAR):begin]), "".join(words[end:end + NEAR])
     before = SENTENCE_END.split(far)[-1].lstrip() + "".join(words[begin:start])
-    after = SENTENCE_END.split(looked[-1:] + behind)[0].removeprefix(looked[-1:])
+    ended = SENTENCE_END.search(looked + behind, len(looked))
+    after = behind[:ended.start() - len(looked)] if ended else behind
     before = f"...{before[-BEFORE:]}" if len(before) > BEFORE else before
     after = f"{after[:AFTER].rstrip()}..." if len(after) > AFTER else after
     return " ".join(f"{before}[{looked}]{after}".split())

@@ -389,7 +389,7 @@ def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run)
 @pytest.mark.parametrize("change, commit", [
     ("", "abc"), ('change = [["lm2.py", "wide(C).tanh()", "C"]]', "this")])
 def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, change, commit):
-    monkeypatch.setattr(measured, "commit", {ex.ROOT: "this", str(REPO): "that"}.get)
+    monkeypatch.setattr("lib.origin.commit", {ex.ROOT: "this", tmp_path: "that"}.get)
     (tmp_path / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "mine"\n{change}')
     (tmp_path / "answers").mkdir()
     for name, text in {
@@ -402,9 +402,9 @@ def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, c
     keys = [("accuracy", "qa1", "0k", 1), ("val_loss", "", "", 0)]
     row, loss = measured.measured(experiment, experiment.row[0], 1, keys, tmp_path)
     assert (row["commit"], row["right"], loss["commit"]) == (commit, "1", "this")
-    experiment.row[0].code = str(REPO)  # another checkout has its own commit
+    experiment.row[0].code, experiment.row[0].change = str(tmp_path), []
     loss, = measured.measured(experiment, experiment.row[0], 1, keys[1:], tmp_path)
-    assert loss["commit"] == "that"
+    assert loss["commit"] == "that", "another checkout has its own"
 
 
 def test_a_folder_without_git_of_its_own_has_no_commit():

@@ -177,6 +177,15 @@ def test_the_sentence_looked_at_is_named_and_the_one_right_before(looked, senten
     assert sentence_of(text.split("|"), *looked) == sentence
 
 
+def test_a_look_at_the_beginning_of_a_character_names_the_character():
+    tokenizer = make_tokenizer("bpe", "abc", 256)
+    words = words_of(tokenizer, list("Où est?".encode()))
+    assert words[1:3] == ["", "ù"]
+    read = LastRead(1.0, 0.0, [1.0], [0.0, 1.0, 0.0, 0.0], None)
+    source, = sources_of(read, words, 4)
+    assert source.text == "O[ù] est?"
+
+
 def test_a_segment_that_gave_less_than_nothing_is_named_too():
     read = LastRead(1.0, 1.5, [-0.5], [-0.5, 0.0, 0.0, 0.0], None)
     source, = sources_of(read, list("abcde"), 4)
