@@ -15,7 +15,7 @@ import secrets
 import shlex
 import sys
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -153,9 +153,13 @@ class Bench:
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.context = autocast(self.dtype, self.device)
-        self.peak = matmul_peak(self.dtype, self.device)
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.sizes, self.step_tokens = SIZES[kind], STEP_TOKENS[kind]
+
+    @cached_property
+    def peak(self):
+        """Floating point operations per second that the hardware can do: MFU is a share of it."""
+        return matmul_peak(self.dtype, self.device)
 
     def check(self):
         """What can go wrong goes wrong before hours of work. Raises ValueError, OSError."""

@@ -3,9 +3,11 @@ The course keeps its promises: each row of docs/course.md is one call, in its ha
 that guide fail, and with the bodies put back they pass; and the grader is fooled by no submission
 that hangs, crashes or prints.
 
-Hand-outs are tried two at a time. The grader is tried on a course of one line, without torch.
+Hand-outs are tried by forks of one process, which imports torch once for all. The grader is tried
+on a course of one line, without torch.
 """
 import csv
+import json
 import os
 import re
 import shlex
@@ -13,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -33,7 +34,17 @@ from docs.grade import COLUMNS, Outcome, read_report, run_tests
 
 PAGE = COURSE.read_text(encoding="utf-8")
 ASSIGNMENTS = assignments()
-LIMIT = 600  # seconds for the tests of an assignment
+LIMIT = 600  # seconds for the tests of all assignments
+# pytest's arguments for each folder, as JSON
+FORKS = """\
+import json, os, sys
+import numpy, pytest, torch
+for folder, args in json.load(sys.stdin).items():
+    if os.fork() == 0:
+        os.chdir(folder)
+        os._exit(pytest.main(["-n0", "-p", "no:cacheprovider", "--junitxml=report.xml", *args]))
+    os.wait()
+"""
 each_assignment = pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=lambda a: a.title)
 
 
@@ -74,16 +85,21 @@ def hand_out_by_call(assignment, checkout):
     return out, handed_out(assignment, checkout)
 
 
-def try_hand_out(assignment, made):
-    """Run the tests that guide in a hand-out, then put the bodies back -> Tried"""
-    said, folder = made
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    outcome = run_tests(folder, assignment.pytest_args, LIMIT)
+def run_guides(folders):
+    """Run the tests that guide, {folder: pytest's arguments} -> the Outcome of each, in order"""
+    args = {str(folder): args for folder, args in folders.items()}
+    subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(args), text=True, timeout=LIMIT,
+                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return [read_report(folder / "report.xml") for folder in folders]
+
+
+def put_bodies_back(assignment, folder):
+    """Put back what is blank in a hand-out -> whether its file is as it was"""
     before = (REPO / assignment.file).read_bytes().decode()
     _, bodies = blank_out(before, assignment.functions)
     after = put_back((folder / assignment.file).read_bytes().decode(), bodies)
     (folder / assignment.file).write_bytes(after.encode())
-    return Tried(said, files, outcome, after == before)
+    return after == before
 
 
 def try_solved(folder):
@@ -98,9 +114,13 @@ def try_solved(folder):
 def tried(checkout):
     """What came of all assignments: {title: Tried}"""
     made = [hand_out_by_call(assignment, checkout) for assignment in ASSIGNMENTS]
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = pool.map(try_hand_out, ASSIGNMENTS, made)
-        return dict(zip([a.title for a in ASSIGNMENTS], outcomes))
+    files = [{path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+             for _, folder in made]
+    outcomes = run_guides({folder: assignment.pytest_args
+                           for assignment, (_, folder) in zip(ASSIGNMENTS, made)})
+    return {assignment.title: Tried(said, files, outcome, put_bodies_back(assignment, folder))
+            for assignment, (said, folder), files, outcome
+            in zip(ASSIGNMENTS, made, files, outcomes)}
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ segment's write would do, and are what follows by hand where gates are set by ha
 """
 import pytest
 import torch
-from recall import T as RECALL_T
-from recall import logits_of, recall_batch, train_recall
 
 from lib.checkpoint import make_model
 from lib.trace import contributions, read_weights, shares, token_shares, trace
@@ -168,20 +166,3 @@ def test_no_hook_stays_behind():
     with pytest.raises(IndexError):
         trace(model, torch.tensor([1, 2, 50]))  # there is no token 50
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_a_trained_model_answers_from_the_segment_that_told_the_answer():
-    """The symbol stands in the first segment; the block whose bank gives most has it from there."""
-    model = train_recall("lm2").eval()
-    idx, asked, answer = recall_batch(30)
-    right = logits_of(model, idx, asked).argmax(-1) == answer
-    given = []  # by each segment, for each right answer
-    for row in right.nonzero().flatten().tolist():
-        found = trace(model, idx[row, :asked[row] + 1])
-        reads = {(bank.g_out[-1] * bank.E_mem[-1]).norm().item(): layer
-                 for layer, bank in found.banks.items()}
-        _, segments = shares(model, found, reads[max(reads)], -1)
-        given.append(segments[:2])  # all have two; how much is from where varies by machine
-    first, second = torch.stack(given).mean(0)
-    assert asked.min() >= 2 * RECALL_T and len(given) > 20
-    assert first > 0.5 and first > 2 * second
