@@ -111,11 +111,15 @@ class Job:
     def seconds(self, known):
         """
         Of training and of asking: as long as the row took before, {(experiment, row): seconds}, or
-        as its tokens let guess.
+        as its tokens would take at the pace of the slowest other row.
         """
         training = 0
         if not self.trained and not self.row.run_of:
-            guess = ex.planned_tokens(self.experiment, self.row) / TRAINED_PER_SECOND
+            paces = [ex.planned_tokens(self.experiment, row) / known[self.experiment.name, row.name]
+                     for row in self.experiment.row
+                     if (self.experiment.name, row.name) in known]
+            guess = (ex.planned_tokens(self.experiment, self.row)
+                     / min(paces, default=TRAINED_PER_SECOND))
             training = known.get((self.experiment.name, self.row.name), guess)
         tokens = sum(n * max(parse_length(length), 100) for measure, _, length, n in self.keys
                      if measure == "accuracy")
