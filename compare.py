@@ -111,16 +111,20 @@ class Job:
     def seconds(self, known):
         """
         Of training and of asking: as long as the row took before, {(experiment, row): seconds}, or
-        as its tokens would take at the pace of the slowest other row.
+        as its tokens take at the pace of the slowest row that is known, of small models for want of
+        one.
         """
-        training = 0
-        if not self.trained and not self.row.run_of:
-            paces = [ex.planned_tokens(self.experiment, row) / known[self.experiment.name, row.name]
-                     for row in self.experiment.row
-                     if (self.experiment.name, row.name) in known]
-            guess = (ex.planned_tokens(self.experiment, self.row)
-                     / min(paces, default=TRAINED_PER_SECOND))
-            training = known.get((self.experiment.name, self.row.name), guess)
+        before = {row.name: known[self.experiment.name, row.name] for row in self.experiment.row
+                  if not row.run_of and (self.experiment.name, row.name) in known}
+        if self.trained or self.row.run_of:
+            training = 0
+        elif self.row.name in before:
+            training = before[self.row.name]
+        else:
+            paces = [ex.planned_tokens(self.experiment, self.experiment.named(name)) / seconds
+                     for name, seconds in before.items()]
+            training = (ex.planned_tokens(self.experiment, self.row)
+                        / min(paces, default=TRAINED_PER_SECOND))
         tokens = sum(n * max(parse_length(length), 100) for measure, _, length, n in self.keys
                      if measure == "accuracy")
         return training, tokens / READ_PER_SECOND

@@ -8,7 +8,7 @@ import bench
 from bench import Bench, BenchConfig, up_to
 from lib.measure import resident
 from lib.origin import hardware
-from lib.rivals import ATTEND, WINDOW, as_if_trained, reading, rivals
+from lib.rivals import as_if_trained, reading, rivals
 from lm2 import LM2Config
 
 SIZE = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
@@ -105,10 +105,7 @@ class GPT(torch.nn.Module):
 """
 
 
-def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_path, capsys,
-                                               monkeypatch):
-    monkeypatch.setattr(bench, "rivals", lambda size: {
-        name: config for name, config in rivals(size).items() if name in (WINDOW, "RMT", ATTEND)})
+def test_nanogpt_takes_part_within_its_context(small, without_peak_memory, tmp_path, capsys):
     (tmp_path / "model.py").write_text(NANOGPT)
     small.config.nanogpt = str(tmp_path)
     small.check()

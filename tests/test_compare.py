@@ -240,9 +240,11 @@ def test_a_dry_run_says_what_would_be_run_and_runs_nothing(lab, run):
     assert "seed 2: train about 80 min" in out and "seed 1" not in out, "as it took before"
     assert "3 runs, about 1 h 20 min, 2 at a time" in out
     lab.write('[[row]]\nname = "base"\nflags = "--max_iters=10"',
+              '[[row]]\nname = "wide"\nflags = "--max_iters=40"',
               '[[row]]\nname = "new"\nflags = "--max_iters=20"')
     _, out, _ = run("--dry_run", "--seeds=2")
-    assert "base, seed 2: train about 80 min" in out and "new, seed 2: train about 160 min" in out
+    assert "base, seed 2: train about 80 min" in out
+    assert "new, seed 2: train about 160 min" in out, "at the pace of base, not of wide"
 
 
 def test_a_failing_row_costs_only_itself_and_is_named(lab, run):

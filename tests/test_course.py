@@ -3,8 +3,8 @@ The course keeps its promises: each row of docs/course.md is one call, in its ha
 that guide fail, and with the bodies put back they pass; and the grader is fooled by no submission
 that hangs, crashes or prints.
 
-Hand-outs are tried by forks of one process, which imports torch once for all. The grader is tried
-on a course of one line, without torch.
+Hand-outs are tried one after another by forks of one process, which imports torch once for all. The
+grader is tried on a course of one line, without torch.
 """
 import csv
 import json
@@ -34,13 +34,14 @@ from docs.grade import COLUMNS, Outcome, read_report, run_tests
 
 PAGE = COURSE.read_text(encoding="utf-8")
 ASSIGNMENTS = assignments()
-LIMIT = 600  # seconds for the tests of all assignments
-# pytest's arguments for each folder, as JSON
-FORKS = """\
-import json, os, sys
+LIMIT = 600  # seconds for the tests of an assignment
+# reads pytest's arguments for each folder, as JSON
+FORKS = f"""\
+import json, os, signal, sys
 import numpy, pytest, torch
 for folder, args in json.load(sys.stdin).items():
     if os.fork() == 0:
+        signal.alarm({LIMIT})
         os.chdir(folder)
         os._exit(pytest.main(["-n0", "-p", "no:cacheprovider", "--junitxml=report.xml", *args]))
     os.wait()
@@ -88,9 +89,11 @@ def hand_out_by_call(assignment, checkout):
 def run_guides(folders):
     """Run the tests that guide, {folder: pytest's arguments} -> the Outcome of each, in order"""
     args = {str(folder): args for folder, args in folders.items()}
-    subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(args), text=True, timeout=LIMIT,
-                   capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return [read_report(folder / "report.xml") for folder in folders]
+    done = subprocess.run([sys.executable, "-c", FORKS], input=json.dumps(args), text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    reports = [folder / "report.xml" for folder in folders]
+    return [read_report(report) if report.exists() else Outcome({}, done.stderr or "no report")
+            for report in reports]
 
 
 def put_bodies_back(assignment, folder):

@@ -1,5 +1,5 @@
 """
-Memory is learned in seconds where a task needs it, and its answers come from where they were told.
+A memory learns in seconds a task that needs it, and answers from the segment that told the answer.
 
 A symbol stands in the first segment between blanks, and is asked for 18 tokens later. Windows of 8
 tokens need three blocks to reach that far (7 tokens each); the models have two.
@@ -29,8 +29,8 @@ def logits_of(model, idx, asked):
     return model(idx)[0][torch.arange(len(idx)), asked]
 
 
-def train_recall(memory, steps=80):
-    """A model that was trained on the task, where memory has all answers right by step 60."""
+def train_recall(memory, steps=150):
+    """A model that was trained on the task."""
     torch.manual_seed(0)
     model = LM2(LM2Config(vocab_size=10, block_size=T, n_layer=2, n_head=2, n_embd=32, mem_slots=4,
                           memory=memory))
@@ -41,18 +41,19 @@ def train_recall(memory, steps=80):
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    return model
+    return model.eval()
 
 
 def recall_accuracy(model):
     """The share of right answers; a guess is right 1 time in 8."""
+    torch.manual_seed(1)
     idx, asked, answer = recall_batch()
     return (logits_of(model, idx, asked).argmax(-1) == answer).float().mean().item()
 
 
 @pytest.fixture(scope="module")
 def trained():
-    return train_recall("lm2").eval()
+    return train_recall("lm2")
 
 
 def test_memory_recalls_what_lies_beyond_every_window(trained):
@@ -62,6 +63,7 @@ def test_memory_recalls_what_lies_beyond_every_window(trained):
 
 def test_a_trained_model_answers_from_the_segment_that_told_the_answer(trained):
     """The symbol stands in the first segment; the block whose bank gives most has it from there."""
+    torch.manual_seed(1)
     idx, asked, answer = recall_batch(30)
     right = logits_of(trained, idx, asked).argmax(-1) == answer
     given = []  # by each segment, for each right answer
