@@ -3,7 +3,6 @@ See what the memory does: where an answer comes from, what is written and kept, 
 
     python look.py out/qa1 --task=qa1 --length=4k --seed=1   # a story hidden in text, a question
     python look.py out/shakespeare --text=play.txt           # what a text's last token reads
-    python look.py out/shakespeare --start="ROMEO:"          # the same, of a short text
     python look.py out/qa1 --length=4k --n_samples=100       # what do answers come from?
 
 Prints the sentences that the answer came from, with their shares in what the memory gave, and
