@@ -24,7 +24,7 @@ from data.tokenizer import HFTokenizer
 from lib.gguf_tokenizer import gguf_tokenizer
 from lm2 import LM2Config
 
-ROWS = 1024  # of a matrix in a GGUF file that are unpacked at once
+ROWS = 1024  # about as many of a matrix in a GGUF file are unpacked at once
 
 
 class Llama(NamedTuple):
@@ -171,7 +171,8 @@ GGUF_KEYS = {
     "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads", "rope.freq_base": "rope_theta",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.dimension_count": "head_dim",
+    "attention.sliding_window": "sliding_window",
 }
 # its names of tensors, and Hugging Face's
 GGUF_NAMES = {
@@ -215,6 +216,8 @@ def open_gguf(path):
               if f"llama.{name}" in about}
     config["vocab_size"] = len(about.get("tokenizer.ggml.tokens", ()))
     config["tie_word_embeddings"] = "output.weight" not in tensors
+    if about.get("llama.rope.scaling.type", "none") != "none":  # Llama 3's is a tensor, see below
+        config["rope_scaling"] = {"type": about["llama.rope.scaling.type"]}
     shape = shape_of(config, path)
     factors = tensors.pop("rope_freqs.weight", None)
     if factors is not None:
@@ -225,20 +228,21 @@ def open_gguf(path):
 
 def pieces_of_gguf(tensors, shape, path):
     """The tensors of a GGUF file, unpacked to float32, some rows at a time. Raises ValueError."""
-    heads = {"q": shape["n_head"], "k": shape["n_kv_head"]}
+    hs = shape["n_embd"] // shape["n_head"]
+    step = max(1, ROWS // hs) * hs  # whole heads
     for name, tensor in tensors.items():
         full = full_name(name)
-        turned = re.search(r"self_attn\.([qk])_proj", full)
+        turned = re.search(r"self_attn\.[qk]_proj", full)
         # opened anew, since a file that stays open keeps in memory what was read of it
         data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
-        for row in range(0, len(data), ROWS):
+        for row in range(0, len(data), step):
             try:
-                unpacked = gguf.dequantize(data[row:row + ROWS], tensor.tensor_type)
+                unpacked = gguf.dequantize(data[row:row + step], tensor.tensor_type)
             except NotImplementedError:
                 raise ValueError(f"{path}: {name} is of type {tensor.tensor_type.name}, which "
                                  "gguf cannot unpack: use another file") from None
             piece = torch.from_numpy(np.array(unpacked, dtype=np.float32))
-            yield full, row, half_split(piece, heads[turned[1]]) if turned else piece
+            yield full, row, half_split(piece, hs) if turned else piece
 
 
 def full_name(name):
@@ -263,12 +267,12 @@ def rope_factor(factors, shape, path):
     return factor
 
 
-def half_split(weight, n_heads):
+def half_split(weight, hs):
     """
     GGUF turns neighbours x_2i, x_2i+1 by an angle, Hugging Face x_i, x_i+hs/2. The rows of queries
-    and keys in the order of the one -> of the other. weight (n_heads * hs, D)
+    and keys in the order of the one -> of the other. weight (heads * hs, D)
     """
-    return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return weight.unflatten(0, (-1, hs // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 # --- Into a model

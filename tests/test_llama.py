@@ -76,8 +76,10 @@ def test_logits_are_those_of_transformers(tmp_path, name):
     torch.testing.assert_close(logits, expected["logits"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 24, 1024])  # unpacked at once; a head has 8
 @torch.no_grad()
-def test_logits_of_a_gguf_file_are_those_of_transformers():
+def test_logits_of_a_gguf_file_are_those_of_transformers(rows, monkeypatch):
+    monkeypatch.setattr(llama, "ROWS", rows)
     expected = load_file(TINY / "grouped/expected.safetensors")
     logits = model_of(TINY / "grouped.gguf")(expected["ids"])[0][0, -6:]
     torch.testing.assert_close(logits, expected["gguf_logits"], rtol=0, atol=1e-4)
@@ -207,6 +209,20 @@ def test_tensors_that_a_llama_lacks_or_that_cannot_be_unpacked_are_named(tmp_pat
         assert refused(path, name.decode().rpartition(".")[2], "has no place in a Llama")
     write_gguf(path, b"blk.1.attn_output.weight", gguf.GGMLQuantizationType.Q8_1)
     assert refused(path, "x.gguf")
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("rope.scaling.type", "yarn", "rope_type=yarn"),
+    ("attention.sliding_window", 4096, "sliding_window=4096"),
+    ("rope.dimension_count", 4, "head_dim=4")])
+def test_what_lm2_lacks_is_named_in_a_gguf_file_too(monkeypatch, key, value, named):
+    class Changed(llama.Reader):
+        def __init__(self, path):
+            super().__init__(path)
+            self.about[f"llama.{key}"] = value
+
+    monkeypatch.setattr(llama, "Reader", Changed)
+    assert refused(TINY / "grouped.gguf", named)
 
 
 def test_rope_scaling_of_a_gguf_file_is_recognised():
