@@ -155,7 +155,7 @@ def count(run, config):
         _, view, answer = look_at(run, passage, config.task, config.block)
         if not view.reads:
             raise ValueError(view.why)
-        written = len(passage.ids) // view.block_size * view.block_size
+        written = (len(passage.ids) - 1) // view.block_size * view.block_size
         if all(mark.end < written for mark in passage.marks if mark.kind == "support"):
             rows.append({"run": config.runs[0], "task": config.task, "length": config.length,
                          "seed": seed, "question": passage.question, "right_answer": passage.answer,

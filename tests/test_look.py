@@ -2,6 +2,7 @@
 import csv
 import shutil
 import subprocess
+from contextlib import chdir
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import REPO, TEXT, is_one_line
 from PIL import Image
 
 from data.tokenizer import make_tokenizer
+from eval_babilong import EvalConfig, load_run
 from lib import trace_figure
 from lib.figure import png_of
 from lib.trace import trace
@@ -28,12 +30,14 @@ from lib.view import (
     words_of,
 )
 from lm2 import LM2, LM2Config
+from look import hidden_story
 
 STORIES = ["--dataset=babilong", "--corpus=play.txt", "--tasks=qa1", "--lengths=200",
            "--tokenizer=char", "--max_iters=2"]
 ALIGNED = ["--mem_write=aligned", "--mem_slots=8"]
 RUNS = {"stories": STORIES, "aligned_stories": [*STORIES, *ALIGNED],
-        "wide": [*STORIES, "--block_size=512"], "text": ["--max_iters=2"],
+        "wide": [*STORIES, "--block_size=512"], "middle": [*STORIES, "--block_size=64"],
+        "text": ["--max_iters=2"],
         "aligned": ["--max_iters=2", *ALIGNED],
         "full": ["--max_iters=2", "--attention=full"],
         "none": ["--max_iters=2", "--memory=none"], "rmt": ["--max_iters=2", "--memory=rmt"]}
@@ -118,6 +122,17 @@ def test_many_stories_are_counted(checkout, call):
     assert 0 < len(rows) <= 6 and {row["source"] for row in rows} <= {"support", "fact", "text"}
     assert all(row["right_answer"] and row["question"] for row in rows)
     assert {row["first_tells"] for row in rows} <= {"0", "1"}
+
+
+def test_left_out_is_who_asks_for_a_fact_that_memory_has_not_yet_written(checkout, call):
+    look(call, "middle", "--length=640", "--n_samples=20", "--seed=1")  # ten segments of 64
+    with open(checkout.folder / "out/middle/look.csv", newline="") as f:
+        asked = [int(row["seed"]) for row in csv.DictReader(f)]
+    with chdir(checkout.folder):
+        run = load_run("out/middle", EvalConfig(["out/middle"]), torch.device("cpu"))
+    ends = {seed: max(mark.end for mark in hidden_story(run, "qa1", "640", seed).marks
+                      if mark.kind == "support") for seed in range(1, 21)}
+    assert asked == [seed for seed in ends if ends[seed] < 9 * 64] and 0 < len(asked) < 20
 
 
 @pytest.mark.parametrize("args, named", [
