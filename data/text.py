@@ -27,7 +27,6 @@ from data.tokenizer import check_text, from_json, make_tokenizer, prompt_ids
 
 DATA_DIR = Path(__file__).parent
 STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
-EXAMPLE_TOKENS = 500  # that a run writes at its end
 LARGEST_TEXT = 200_000_000  # bytes of a text that is taken into memory
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".parquet")  # of the files of a corpus
 
@@ -267,8 +266,8 @@ class Text:
     def example(self, model, device):
         """Text that the model writes."""
         prompt = torch.tensor([prompt_ids(self.tokenizer, "")], device=device)
-        ids = model.generate(prompt, EXAMPLE_TOKENS, temperature=0.8)[0].tolist()
-        return self.tokenizer.decode(ids[len(self.tokenizer.begin):])
+        written = model.generate(prompt, 500, temperature=0.8)[0, len(self.tokenizer.begin):]
+        return self.tokenizer.decode(written.tolist())
 
 
 def check_length(text, length):
