@@ -43,7 +43,7 @@ class TrainConfig(LM2Config):
     lengths: str = "0k,256,512"   # babilong: in tokens; 0k: no text; 128k/2k: 2k that count as 128k
     pairs: str = "2,4,8,16,50"    # pairs: numbers of key-value pairs, one after the other
     rehearse: float = 0.3         # babilong, pairs: share of the steps at any stage reached so far
-    corpus: str = "shakespeare"   # babilong: the text around the facts, as for dataset
+    corpus: str = "shakespeare"   # babilong: the text around the facts: shakespeare, .txt file(s)
     # optimization
     n_segments: int = 4           # segments in a training sequence: how far gradients flow
     batch_size: int = 6           # sequences in a batch; babilong: as many tokens in stories
@@ -138,7 +138,7 @@ def setup():
         run.check_memory(config, device)
         config = replace(config, compile=pick_compile(config.compile, device))
         if config.match_params and not config.resume:
-            config = replace(config, mlp_ratio=run.matched_mlp_ratio(config))
+            config = replace(config, mlp_ratio=run.matched_mlp_ratio(config, device))
     return config, data, device, rank, world
 
 
@@ -216,6 +216,7 @@ def main():
     n_parameters = sum(p.numel() for p in raw_model.parameters())
     tokenizer_sha256 = digest(data.tokenizer)
     step, best_val_loss, loader, finished = 0, math.inf, None, False
+    replaced = [] if config.resume else [out_dir / name for name in checkpoint.FILES]
     with user_errors():
         if config.resume:
             step, best_val_loss = run.restore(config, data, raw_model, optimizers)
@@ -249,6 +250,8 @@ def main():
             check_finite([raw_model(x, y, repeats=repeats)[1].item()])
         if not master:
             return
+        while replaced:  # of a run that is replaced nothing stays
+            replaced.pop().unlink(missing_ok=True)
         about = {"train": asdict(config), "data": data.meta, "parameters": n_parameters,
                  "processes": world}
         write_json(out_dir / "config.json", about)
@@ -261,9 +264,6 @@ def main():
     stop = run.Stop(device, world)
     tokens_per_step = (config.batch_size * config.n_segments * config.block_size
                        * config.gradient_accumulation_steps * world)
-    if master and not config.resume:  # of a run that is replaced nothing stays
-        for name in ("ckpt.pt", "best.pt", "log.csv", "loss.png"):
-            (out_dir / name).unlink(missing_ok=True)
     bar = tqdm(total=config.max_iters * tokens_per_step, initial=step * tokens_per_step,
                unit="tok", unit_scale=True, disable=not master)
     with bar:
@@ -272,7 +272,7 @@ def main():
             row = {"step": step, **data.position()}
             if step % config.eval_interval == 0 or step == config.max_iters:
                 save()
-                figures = evaluate(raw_model, data, config, device, stop)
+                figures = run.of_rank_0(evaluate(raw_model, data, config, device, stop), device)
                 if figures is None:
                     break
                 check_finite(figures.values())

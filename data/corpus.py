@@ -2,7 +2,7 @@
 A corpus larger than memory: its documents are read one after the other, tokenized by several
 processes, and kept as shards of token ids, of which training draws its windows.
 
-    FOLDER/a.jsonl, b.parquet, c.txt.gz, d.txt   documents, read in the order of the files' names
+    FOLDER/a.jsonl, b.jsonl.gz, c.parquet, d.txt, e.txt.gz    documents, in the order of names
     data/FOLDER-1a2b3c4d/bpe1024/                00000.bin, ...; tokenizer.json; manifest.json
 
 The manifest says what each shard was made from, up to which place in the files. Killed at any
@@ -109,10 +109,11 @@ def parquet_rows(f):
 
 def documents(f):
     """The documents of an open file, each as strings that follow each other."""
-    rows = {".jsonl": json_lines, ".parquet": parquet_rows}.get(Path(f.name).suffix)
-    if rows:
-        return ([text] for text in rows(f))
-    return [plain_text(gzip.GzipFile(fileobj=f) if f.name.endswith(".gz") else f)]
+    name = f.name.removesuffix(".gz")
+    rows = {".jsonl": json_lines, ".parquet": parquet_rows}.get(Path(name).suffix)
+    if name != f.name:
+        f = gzip.GzipFile(fileobj=f)
+    return ([text] for text in rows(f)) if rows else [plain_text(f)]
 
 
 def in_pieces(blocks):
@@ -218,6 +219,11 @@ def encoded(batches, tokenizer):
 
 # --- Shards
 
+def name_of(paths):
+    """What a corpus is called: its file, or the folder of several."""
+    return paths[0] if len(paths) == 1 else paths[0].parent
+
+
 def entry_of(path):
     """What the manifest says of a file before it is read. Raises OSError."""
     found = path.stat()
@@ -248,7 +254,7 @@ def load_shards(paths, folder):
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None, None
     if None in files or len(paths) != len(old):
-        print(f"{paths[0].parent} has changed: its token ids are made anew", flush=True)
+        print(f"{name_of(paths)} has changed: its token ids are made anew", flush=True)
         return None, None
     true = manifest | {"files": files, "shards": whole, "complete": complete}
     if true != manifest:
@@ -264,7 +270,7 @@ def begin_shards(paths, folder, kind, vocab_size, tokenizer):
         if kind != "bpe" or tokenizer or len(text) >= BPE_CHARS:
             break
     if not text:
-        raise ValueError(f"dataset={paths[0].parent} has no document with text: give it some")
+        raise ValueError(f"dataset={name_of(paths)} has no document with text: give it some")
     # without the end of a short corpus, which is for validation
     tokenizer = tokenizer or make_tokenizer(kind, split(text)[0], vocab_size)
     write_json(folder / "tokenizer.json", tokenizer.to_json())
@@ -292,7 +298,7 @@ def make_shards(paths, folder, manifest, tokenizer):
     place = shards[-1]["behind"] if shards else {"file": 0, "pieces": 0, "bytes": 0}
     batches = read_batches(paths, files, place["file"], place["pieces"])
     bar = tqdm(total=sum(entry["size"] for entry in files), initial=place["bytes"], unit="B",
-               unit_scale=True, delay=1, desc=f"tokenizing {paths[0].parent.name}")
+               unit_scale=True, delay=1, desc=f"tokenizing {name_of(paths).name}")
     with bar, closing(encoded(batches, tokenizer)) as stream:
         for first in stream:
             path = folder / f"{len(shards):05}.bin"
@@ -310,7 +316,7 @@ def open_corpus(dataset, kind="bpe", vocab_size=1024, tokenizer=None):
     if kind == "char":
         raise ValueError(f"tokenizer char does not take dataset={dataset}: use --tokenizer=bpe")
     paths, path = data.text.dataset_files(dataset), Path(dataset).resolve()
-    home = f"{path.stem[:40]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    home = f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
     for folder in data.text.token_folders(data.text.DATA_DIR / home, kind, vocab_size, tokenizer):
         manifest, found = load_shards(paths, folder)
         if found and is_wanted(found, kind, vocab_size, tokenizer):

@@ -36,9 +36,15 @@ from data.tokenizer import decode_inside, make_tokenizer
 RECALL = 0.7       # share of the batches whose stories ask at their end
 LESSONS = 400      # stories of each task that the tokenizer sees
 BARE_TOKENS = 256  # of a bare story in training, at most: the rest of it is left out
+TRIES = 5000       # stories that are written until one has a question within a length
 
 
 # --- A curriculum of stages: lengths of text here, numbers of pairs in data/pairs.py
+
+def rng_of_step(config, step):
+    """The Generator of what all rows of a step share; its stream is none of a row's own."""
+    return np.random.default_rng(np.random.SeedSequence([config.seed, step], spawn_key=(1,)))
+
 
 def stage_of_batch(progress, config, rng):
     """The stage a batch is of: the current one, in a share of the batches any one up to it."""
@@ -97,12 +103,12 @@ def course_of(config):
 
 # --- Batches
 
-def training_row(tasks, limit, tokenizer, rng, asking):
+def training_row(tasks, limit, tokenizer, rng, asking, tries=TRIES):
     """
     A task, and the encoded lines of one of its stories up to the last question within `limit`
-    tokens. Raises ValueError where no story has one.
+    tokens. Raises ValueError where none of `tries` stories has one.
     """
-    for _ in range(1000):
+    for _ in range(tries):
         task = rng.choice(tasks)
         ask = {"along": (), "own": [task], "all": tasks}[asking]
         lines = [encode_line(line, tokenizer) for line in simulate(task, rng, ask)]
@@ -204,7 +210,7 @@ class Stories:
         Inputs and targets (rows, L) of one part of a step; targets are -1 but for answers. Then
         how often each segment counts (rows, S), None where each does once.
         """
-        rng = np.random.default_rng([config.seed, step])
+        rng = rng_of_step(config, step)
         length = self.lengths[stage_of_batch(self.progress, config, rng)]
         asking = "all" if rng.random() < RECALL else "along"
         return self.draw(self.train, length, config, config.seed, step, part, asking)[:3]
@@ -283,7 +289,10 @@ def open_stories(config, tokenizer=None):
         seen = tokenizer_text(found.text if config.tokenizer == "char" else train)
         tokenizer = make_tokenizer(config.tokenizer, seen, config.vocab_size)
     train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
-    for length in lengths:  # a length that no story fits into is told now
+    for length in lengths:  # one that few stories fit into, or that the text lacks, is told now
+        for asking in ("along", "own", "all"):
+            training_row(tasks, length.tokens or BARE_TOKENS, tokenizer, random.Random(0), asking,
+                         TRIES // 25)
         training_batch(tasks, length.tokens, train, tokenizer, 1, config.seed, 0)
     meta = {
         "source": found.source,

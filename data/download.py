@@ -59,7 +59,9 @@ def download_wheel(name, sha256, folder, seconds=6 * TIMEOUT):
     """
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     options = ["--timeout", str(TIMEOUT), "--retries", "1", "--dest", folder]
-    subprocess.run(pip + options + [name], check=True, capture_output=True, timeout=seconds)
+    found = subprocess.run(pip + options + [name], capture_output=True, text=True, timeout=seconds)
+    if found.returncode:
+        raise OSError(found.stderr.strip().rpartition("\n")[2] or "pip says nothing")
     wheel, = folder.glob("*.whl")
     check_sha256(wheel, sha256)
     return wheel

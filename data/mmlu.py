@@ -172,7 +172,8 @@ def read_parquet(path):
     for number, row in enumerate(rows, 1):
         subject, question, choices, answer = (row.get(column) for column in columns)
         texts = [subject, question, *(choices if isinstance(choices, list) else [])]
-        if len(texts) != 6 or {*map(type, texts)} != {str} or answer not in (0, 1, 2, 3):
+        if ([*map(type, texts)] != 6 * [str] or type(answer) is not int
+                or answer not in range(len(LETTERS))):
             raise ValueError(f"{path}: row {number}: expected subject, question, four choices and "
                              "an answer from 0 to 3")
         found.append((subject, Question(question, tuple(choices), answer)))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data.babilong import parse_list
-from data.curriculum import moved_on, stage_of_batch
+from data.curriculum import moved_on, rng_of_step, stage_of_batch
 from data.dataset import EvaluationBatch
 from data.tokenizer import check_text, make_tokenizer
 
@@ -80,7 +80,7 @@ class Pairs:
 
     def batch(self, config, step, part):
         """Inputs and targets (rows, L) of one part of a step; targets are -1 but for answers."""
-        rng = np.random.default_rng([config.seed, step])
+        rng = rng_of_step(config, step)
         n = self.numbers[stage_of_batch(self.progress, config, rng)]
         x, y, _ = self.draw(n, n_rows(n, config), TRAINING, config.seed, step, part)
         return x, y, None
@@ -95,10 +95,11 @@ class Pairs:
             x, y, kinds = self.draw(n, n_rows(n, config), CURRENT, config.seed, step)
             yield EvaluationBatch("val_loss", x, y, continues=False, tasks=kinds)
         for n in ASKED:
-            rows = 2 * config.eval_iters * -(-2 * QUESTIONS // n)
-            x, y, kinds = self.draw(n, rows, FIXED, config.seed, n)
-            tasks = [f"{kind}_{n}" for kind in kinds]
-            yield EvaluationBatch("asked_loss", x, y, continues=False, tasks=tasks)
+            rows, at_once = 2 * config.eval_iters * -(-2 * QUESTIONS // n), n_rows(n, config)
+            for part in range(-(-rows // at_once)):
+                x, y, kinds = self.draw(n, min(rows, at_once), FIXED, config.seed, n, part)
+                tasks = [f"{kind}_{n}" for kind in kinds]
+                yield EvaluationBatch("asked_loss", x, y, continues=False, tasks=tasks)
 
     def position(self):
         stage, _ = self.progress

@@ -28,7 +28,7 @@ from data.tokenizer import check_text, from_json, make_tokenizer, prompt_ids
 DATA_DIR = Path(__file__).parent
 STREAM_TOKENS = 1 << 17  # as much of the validation text as an evaluation reads in one stream
 LARGEST_TEXT = 200_000_000  # bytes of a text that is taken into memory
-SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".parquet")  # of the files of a corpus
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")  # of the files of a corpus
 
 
 # --- The text
@@ -71,6 +71,9 @@ def read_text(dataset):
         raise OSError(f"dataset={dataset} is not there: "
                       "use shakespeare, a text file or a folder of .txt files")
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if path.name.endswith(SUFFIXES[1:]) and not path.is_dir():
+        raise ValueError(f"{dataset} is not plain text: "
+                         "use shakespeare, a text file or a folder of .txt files")
     if not files:
         raise OSError(f"dataset={dataset} is a folder without .txt files")
     text = "\n".join(read_utf8(file) for file in files)

@@ -116,7 +116,7 @@ def load_tokenizer(out_dir):
     try:
         return from_json(value)
     except ValueError as e:
-        raise ValueError(f"{path} is damaged ({e})") from None
+        raise ValueError(f"{path}: {e}") from None
 
 
 def load(out_dir, device="auto"):

@@ -17,7 +17,7 @@ def pick_device(name):
     try:
         torch.empty(1, device=name)
         device = torch.device(name)
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, ImportError):
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"device={name} is not there: use auto, cpu, cuda, cuda:N or mps")

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from data.files import read_utf8
 from data.tokenizer import HFTokenizer
+from lib.config import from_dict
 from lib.gguf_tokenizer import gguf_tokenizer
 from lm2 import LM2Config
 
@@ -67,6 +68,8 @@ def shape_of(config, path):
     """Fields of LM2Config from a config.json of Hugging Face's Llama, a dict. Raises ValueError."""
     check_keys(config, path)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: its rope scaling is {rope}, not an object: copy it again")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{path}: rope_type={kind} is not known here, only llama3: "
@@ -91,14 +94,18 @@ def shape_of(config, path):
         if kind == "llama3":
             shape["rope_factor"] = float(rope["factor"])
             shape["rope_context"] = rope["original_max_position_embeddings"]
+        head_dim = config.get("head_dim") or width // n_head
+        from_dict(LM2Config, shape)  # checks types and sizes
     except KeyError as e:
         raise ValueError(f"{path} has no {e.args[0]}: copy it again") from None
-    except TypeError:
+    except (TypeError, ZeroDivisionError):
         raise ValueError(f"{path} has a key of another type than Llama's: copy it again") from None
+    except ValueError as e:
+        raise ValueError(f"{path} describes no model ({e}): copy it again") from None
     if hidden % 8:
         raise ValueError(f"{path}: intermediate_size={hidden} must be a multiple of 8 here: "
                          "use another model")
-    if (config.get("head_dim") or width // n_head) * n_head != width:
+    if head_dim * n_head != width:
         raise ValueError(f"{path}: head_dim={config.get('head_dim')} is not known here, only "
                          f"hidden_size / num_attention_heads={width / n_head:g}: use another model")
     return shape
@@ -138,8 +145,10 @@ def weight_files(folder):
     """The *.safetensors of a folder that hold its weights. Raises ValueError."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        names = read_json(index).get("weight_map", {}).values()
-        files = [folder / Path(name).name for name in sorted(set(names))]
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or {*map(type, names.values())} != {str}:
+            raise ValueError(f"{index} is damaged: copy it again")
+        files = [folder / Path(name).name for name in sorted({*names.values()})]
     else:
         files = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not files:

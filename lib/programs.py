@@ -18,6 +18,8 @@ except ImportError:  # Windows
     fcntl = None
 
 POLL = 1.0  # seconds between two looks at the programs that run
+# their progress bars go into a file: a line a minute
+SLOW_BARS = {"TQDM_MININTERVAL": "60", "TQDM_MAXINTERVAL": "60"}
 
 
 class Failed(Exception):
@@ -43,7 +45,7 @@ class Programs:
         """
         if self.stopped:
             raise KeyboardInterrupt
-        env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | {"TQDM_DISABLE": "1"}
+        env = {"OMP_NUM_THREADS": str(self.threads)} | os.environ | SLOW_BARS
         output.parent.mkdir(parents=True, exist_ok=True)
         with open(output, "w", encoding="utf-8") as f:
             print(shlex.join([str(program), *flags]), file=f, flush=True)

@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def join_processes(device, dtype):
     Join the other processes -> the device of this one, and the dtype that rank 0 brings, so that
     all have the same. Raises ValueError.
     """
+    if device.type == "mps":
+        raise ValueError("device=mps is not for several processes: use --device=cpu, or start one")
     if device.type == "cuda":
         local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= there:
@@ -63,13 +66,21 @@ def join_processes(device, dtype):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # rank 0 may prepare a large corpus for hours before it comes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=1))
     except dist.DistError as e:
         raise ValueError(f"the processes do not find each other ({checkpoint.one_line(e)}): "
                          "start them with torchrun") from None
-    found = [dtype]
-    dist.broadcast_object_list(found, device=device)
-    return device, found[0]
+    return device, of_rank_0(dtype, device)
+
+
+def of_rank_0(value, device):
+    """What rank 0 has, in each process. All processes must call this together."""
+    found = [value]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(found, device=device)
+    return found[0]
 
 
 @contextmanager
@@ -211,10 +222,10 @@ def leave_group(worker):
     os.setpgrp()
 
 
-def matched_mlp_ratio(config):
+def matched_mlp_ratio(config, device):
     """
     The mlp_ratio that gives as many parameters as match_params says: a number, or the folder of a
-    run that has as many. Raises ValueError where none comes within 2%.
+    run that has as many. Raises ValueError where none comes within 2%, or memory lacks.
     """
     said = config.match_params
     wanted = int(said) if said.isdecimal() else checkpoint.load_config(said)["parameters"]
@@ -227,8 +238,10 @@ def matched_mlp_ratio(config):
     ratio = (hidden - 4) / config.n_embd  # it is rounded up to that multiple
     found = 0
     if hidden > 0:
+        config = replace(config, mlp_ratio=ratio)
+        check_memory(config, device)
         with torch.device("meta"):
-            matched = checkpoint.make_model(replace(config, mlp_ratio=ratio).model_config())
+            matched = checkpoint.make_model(config.model_config())
         found = sum(p.numel() for p in matched.parameters())
     if not found or abs(found - wanted) > 0.02 * wanted:
         raise ValueError(f"match_params={said} asks for {wanted:,} parameters, which no mlp_ratio "
@@ -247,7 +260,14 @@ def begun_from(config, given):
         raise ValueError(f"tokenizer={config.tokenizer} is not that of init_from="
                          f"{config.init_from}, {tokenizer.kind}: leave it out")
     taken = {name: saved[name] for name in SHAPE - given if name in saved}
-    return replace(config, **taken, tokenizer=tokenizer.kind), tokenizer
+    try:
+        config = from_dict(type(config), asdict(config) | taken | {"tokenizer": tokenizer.kind})
+    except ValueError as e:
+        raise ValueError(f"init_from={config.init_from} does not fit: {e}") from None
+    if config.freeze and not config.n_banks:
+        raise ValueError(f"freeze={config.freeze} leaves nothing to train, as there is no bank: "
+                         "leave it out, or give --memory=lm2")
+    return config, tokenizer
 
 
 def initial_weights(config):

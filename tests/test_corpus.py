@@ -460,6 +460,19 @@ def test_tokenizers_have_folders_of_their_own(jsonl, tmp_path, batches):
     assert len(batches) == n + n // 2 and len([*(tmp_path / "data").glob("*/*")]) == 3
 
 
+def test_a_jsonl_may_be_compressed(jsonl, tmp_path):
+    plain = open_corpus(str(jsonl), "bpe", 300)
+    write_gz(tmp_path / "plays.jsonl.gz", jsonl.read_text())
+    assert ids_of(open_corpus(str(tmp_path / "plays.jsonl.gz"), "bpe", 300)) == ids_of(plain)
+
+
+def test_a_folder_may_have_a_name_that_is_not_utf8(tmp_path):
+    folder = os.fsdecode(bytes(tmp_path) + b"/caf\xe9")
+    os.mkdir(folder)
+    write_jsonl(Path(folder, "a.jsonl"), DOCUMENTS)
+    assert len(open_corpus(folder, "bpe", 257).train)
+
+
 def test_two_corpora_of_one_name_are_not_mixed_up(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -564,6 +577,8 @@ def test_a_corpus_without_documents_is_refused(tmp_path):
     write_jsonl(folder / "d.jsonl", ["", ""])
     write_parquet(folder / "e.parquet", text=[""])
     assert f"dataset={folder} has no document with text" in refused(folder)
+    file = folder / "d.jsonl"
+    assert f"dataset={file} has no document with text" in refused(file)
     assert not (tmp_path / "data").exists()
 
 
@@ -639,7 +654,8 @@ def test_small_plain_text_is_no_corpus(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, expected", [
-    ("x.jsonl", True), ("x.parquet", True), ("x.txt.gz", True), ("x.txt", False), ("x.md", False),
+    ("x.jsonl", True), ("x.parquet", True), ("x.txt.gz", True), ("x.jsonl.gz", True),
+    ("x.txt", False), ("x.md", False),
     ("x.gz", False), ("x.json", False)])
 def test_a_file_is_a_corpus_by_its_name(tmp_path, monkeypatch, name, expected):
     (tmp_path / "a.txt").touch()

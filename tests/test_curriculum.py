@@ -175,6 +175,24 @@ def test_curriculum_trains_at_its_length_and_rehearses_the_shorter_ones(stories)
     assert {data.batch(never, step, 0)[0].size(1) for step in range(20)} == {512}
 
 
+def test_what_a_step_rehearses_says_nothing_of_the_text_of_its_rows(stories):
+    data, places = stories("256,512"), []
+    data.progress = [1, 0]
+
+    def mix(pieces, length, rng):  # notes a number of a row's own stream
+        places.append((length, rng.integers(1 << 20) / (1 << 20)))
+        return original(pieces, length, rng)
+
+    original, data.train.mix = data.train.mix, mix
+    config = SimpleNamespace(**vars(CONFIG) | {"batch_size": 1, "rehearse": 0.9})
+    for step in range(200):
+        data.batch(config, step, 0)
+    del data.train.mix
+    for length in (256, 512):
+        drawn = [place for long, place in places if long == length]
+        assert len(drawn) > 50 and min(drawn) < 0.1 and max(drawn) > 0.9
+
+
 def test_curriculum_moves_on_when_a_length_is_learned_or_its_budget_is_spent(stories):
     data = stories("0,256,512")
     for step, accuracy, progress, length in [
@@ -336,6 +354,7 @@ def test_a_run_that_goes_on_keeps_its_tokenizer(config):
     ("lengths", "", "lengths= lists nothing"),
     ("lengths", "0k,long", "long"),
     ("lengths", "0k,9", "within 9 tokens"),
+    ("lengths", "0k,76", "within 76 tokens"),  # a question on the way fits, all at the end do not
     ("lengths", "0k,0", "lists 0 twice"),
     ("lengths", "256,4k/256,4000/256", "lists 4000/256 twice"),
     ("lengths", "256/4k", "256/4k in lengths=256/4k must count as more tokens than it has"),

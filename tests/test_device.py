@@ -30,7 +30,8 @@ def test_auto_takes_the_first_device_there_is():
         assert pick_device("auto") == CUDA
 
 
-@pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta", "", "cpu cpu", "CPU", "cuda:-1"])
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "meta", "", "cpu cpu", "CPU", "cuda:-1",
+                                  "hpu", "xpu", "xla"])
 def test_a_device_that_is_not_there_is_named(name):
     with pytest.raises(ValueError, match=f"device={name} is not there"):
         pick_device(name)

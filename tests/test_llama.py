@@ -152,6 +152,11 @@ def test_the_old_keys_of_rope_scaling_mean_the_same(tmp_path):
     (dict(hidden_size="wide"), "another type"), (dict(hidden_size=64, head_dim=16), "shape"),
     (dict(num_hidden_layers=3), "model.layers.2"), (dict(num_hidden_layers=1), "model.layers.1"),
     (dict(tie_word_embeddings=False), "lm_head.weight"), (dict(vocab_size=200), "288 tokens"),
+    (dict(num_attention_heads=0), "n_head=0"), (dict(num_hidden_layers="two"), "n_layer=two"),
+    (dict(rms_norm_eps=[]), "norm_eps"), (dict(vocab_size=[1]), "vocab_size"),
+    (dict(hidden_size=0), "another type"), (dict(intermediate_size=0), "mlp_ratio"),
+    (dict(rope_parameters=["llama3"]), "rope scaling"), (dict(head_dim="8"), "head_dim=8"),
+    (dict(tie_word_embeddings="so"), "tie_head=so"), (dict(num_hidden_layers=-1), "n_layer=-1"),
 ], ids=str)
 def test_what_cannot_be_represented_is_refused_with_its_key(folder, change, named):
     change_json(folder / "config.json", **change)
@@ -166,6 +171,9 @@ def test_damaged_and_missing_files_are_named(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
     assert refused(folder, "no *.safetensors", "pickles")
+    for index in ({}, {"weight_map": []}, {"weight_map": {"model.norm.weight": 1}}):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert refused(folder, "model.safetensors.index.json is damaged")
     for name in ("tokenizer.json", "config.json"):
         (folder / name).write_text("{")
         assert refused(folder, f"{name} is damaged")

@@ -153,7 +153,7 @@ def test_a_csv_that_is_not_mmlus_is_told_with_its_line(tmp_path, lines, place):
 
 @pytest.mark.parametrize("change", [
     {"answer": 4}, {"answer": None}, {"choices": ["a", "b", "c"]}, {"choices": [1, 2, 3, 4]},
-    {"question": None}, {"subject": None}, {"answer": "A"},
+    {"question": None}, {"subject": None}, {"answer": "A"}, {"answer": 2.0}, {"answer": True},
 ], ids=str)
 def test_a_parquet_row_that_is_not_mmlus_is_told_with_its_number(tmp_path, change):
     path = tmp_path / "all" / "test-0.parquet"

@@ -31,6 +31,13 @@ def test_jobs_share_the_cores_unless_the_user_says_how_many_threads(call, monkey
     assert call(source, threads=3) == "1"
 
 
+def test_a_bar_does_not_fill_the_file_of_what_a_program_says(call):
+    source = ("import time\nfrom tqdm import tqdm\n"
+              "with tqdm(total=9, disable=False) as bar:\n"
+              "    for _ in range(9): time.sleep(0.12); bar.update()")
+    assert call(source).count("%") == 2, "at the start and at the end"
+
+
 @pytest.mark.parametrize("source, reason", [
     ("raise SystemExit('error: no text')", "^error: no text .all of it: .*said.txt"),
     ("import sys; sys.exit(2)", "^it said nothing"),

