@@ -10,10 +10,10 @@ An experiment is a TOML file: rows, seeds, and what is asked (lib/experiment.py 
 results go into results/NAME.csv, results/NAME.png and results/NAME_log.csv, run by run; a second
 call does nothing. Runs lie in --out_dir. What is stopped goes on with the same command.
 """
+import math
 import os
 import signal
 import sys
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ from tqdm import tqdm
 from data.babilong import parse_length, parse_tasks
 from data.curriculum import course_of
 from eval_babilong import EvalConfig
+from lib import checkpoint, measured, programs, tables
 from lib import experiment as ex
-from lib import measured, programs, tables
 from lib.config import at_least, from_dict, parse, user_errors
 from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
@@ -206,7 +206,6 @@ class Work:
     def __init__(self, config, threads, known):
         self.config, self.programs, self.known = config, Programs(threads), known
         self.failed = {}  # name of a job: why
-        self.saving = threading.Lock()
 
     def do(self, job):
         """Train, ask and record. What fails is noted in `failed`."""
@@ -230,10 +229,9 @@ class Work:
     def record(self, job, keys):
         """Put what was measured into results. Raises Failed, OSError, ValueError."""
         self.check_unedited(job)
-        with self.saving:
-            if keys:
-                measured.save(job.experiment, job.row, job.seed, keys, job.folder,
-                              self.config.results_dir)
+        if keys:
+            measured.save(job.experiment, job.row, job.seed, keys, job.folder,
+                          self.config.results_dir)
 
     def check_unedited(self, job):
         """Raises Failed where the code of a job is not that of its run any more."""
@@ -261,9 +259,11 @@ class Work:
         """Train the run of a job, or go on with it; the time is noted in times.csv."""
         flags = ex.train_flags(job.experiment, job.row, job.seed, job.folder, job.needs, job.size)
         times = job.folder / "times.csv"
-        if "--resume" not in flags:
+        before, start = 0.0, time.monotonic()
+        if "--resume" in flags:
+            before = (measured.elapsed(job.folder) or [(math.nan, 0)])[-1][0]
+        else:
             times.unlink(missing_ok=True)
-        before, start = (measured.elapsed(job.folder) or [(0.0, 0)])[-1][0], time.monotonic()
 
         def watch():
             step, last = ex.steps(job.folder)
@@ -342,15 +342,17 @@ def show(experiment, rows, results_dir):
           f"{difference_table(rows, current)}")
     path = Path(results_dir) / f"{experiment.name}.png"
     log = measured.read_log(results_dir, experiment.name)
-    plot(rows, path, experiment.title, log, experiment.curve)
+    plot(rows, path, experiment.title, log, experiment.curve, current)
     print(f"\n{path.with_suffix('.csv')}, {path}")
 
 
 def main():
     config, _ = parse(CompareConfig, __doc__)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a shell's background job ignores Ctrl-C
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)
+        # nohup has SIGHUP ignored, and so it stays
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, signal.default_int_handler)
     results = Path(config.results_dir)
     with user_errors():
         cores = os.cpu_count() or 1
@@ -370,6 +372,9 @@ def main():
             if old := measured.outdated(experiment, rows):
                 print(f"{experiment.name}: {', '.join(old)} measured with other code or flags: "
                       "--again measures anew")
+        config.jobs = min(config.jobs, max(1, len(jobs)))
+        for flag in () if config.dry_run else ("out_dir", "results_dir"):
+            checkpoint.make_folder(getattr(config, flag), flag=flag)
     if config.dry_run:
         say_what_would_be_run(jobs, config, known)
         return
@@ -380,8 +385,7 @@ def main():
         sys.exit(130)
     with user_errors():
         for experiment in experiments:
-            rows = measured.read_results(results / f"{experiment.name}.csv")
-            show(experiment, rows, results)
+            show(experiment, measured.in_order(experiment, results), results)
         if config.write:
             for path in tables.fill(ex.ROOT):
                 print(f"{path}: tables filled in")

@@ -4,9 +4,16 @@ import hashlib
 import json
 import os
 import secrets
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+ONE_THREAD = threading.Lock()
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # they name no file themselves
 
 
@@ -39,6 +46,21 @@ def atomic_open(path, mode="wb", **kwargs):
         raise
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(folder):
+    """Wait until no other thread and no process is in here, for the same folder. Raises OSError."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with ONE_THREAD:
+        lock = os.open(folder, os.O_RDONLY) if fcntl else None
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            if fcntl:
+                os.close(lock)  # which opens it
 
 
 def write_json(path, value):

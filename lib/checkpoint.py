@@ -151,7 +151,7 @@ def one_line(error):
     return " ".join(str(error).split())[:200]
 
 
-def make_folder(out_dir, n_bytes=0):
+def make_folder(out_dir, n_bytes=0, flag="out_dir"):
     """
     Create the folder that a program writes into. Raises ValueError where it cannot be written to,
     or where its disk has less than n_bytes left.
@@ -159,9 +159,9 @@ def make_folder(out_dir, n_bytes=0):
     with suppress(OSError):
         Path(out_dir).mkdir(parents=True, exist_ok=True)
     if not (Path(out_dir).is_dir() and os.access(out_dir, os.W_OK)):
-        raise ValueError(f"out_dir={out_dir} is not a folder that can be written to: "
-                         "use another --out_dir")
+        raise ValueError(f"{flag}={out_dir} is not a folder that can be written to: "
+                         f"use another --{flag}")
     free = shutil.disk_usage(out_dir).free
     if free < n_bytes:
-        raise ValueError(f"out_dir={out_dir} has {free / 1e6:,.0f} MB of room left, this needs "
-                         f"{n_bytes / 1e6:,.0f} MB: make room, or use another --out_dir")
+        raise ValueError(f"{flag}={out_dir} has {free / 1e6:,.0f} MB of room left, this needs "
+                         f"{n_bytes / 1e6:,.0f} MB: make room, or use another --{flag}")

@@ -37,6 +37,8 @@ CODE_OF_DATA = {"babilong": ("data/babi.py", "data/babilong.py", "data/curriculu
                 "pairs": ("data/pairs.py", "data/curriculum.py"),
                 "text": ("data/corpus.py",)}
 RAG = "baselines/rag.py"  # has a part in answers alone
+OWN_FLAGS = {"config", "seed", "out_dir", "resume", "overwrite"}  # that compare.py gives train.py
+OWN_ASK_FLAGS = {"runs", "tasks", "lengths", "n_samples", "out_dir"}
 COPIED = ("lm2.py", "train.py", "eval_babilong.py", "look.py", "sample.py")  # for a `change`
 DERIVED = shutil.ignore_patterns("__pycache__", "*.bin", "*.json")  # token ids and bytecode
 
@@ -106,6 +108,8 @@ class Experiment:
             raise ValueError("it measures nothing: give ask, measure or until")
         if self.ask or any(row.ask for row in self.row):
             parse_tasks(self.tasks)
+        if not all(isinstance(name, str) for name in self.measure):
+            raise ValueError(f"measure={self.measure} should be names of columns in quotes")
         if self.curve and self.curve not in self.measure:
             raise ValueError(f"curve={self.curve!r} is not measured: put it into measure as well")
         for figure in self.until.values():
@@ -155,7 +159,9 @@ def row_of(values):
         raise ValueError(f"each row needs a name, in one line and without a comma, not {name!r}")
     try:
         row = from_dict(Row, values)
-        flags_of(row.flags), flags_of(row.ask_flags)
+        for flags, own in ((row.flags, OWN_FLAGS), (row.ask_flags, OWN_ASK_FLAGS)):
+            if taken := sorted(own & set(flags_of(flags))):
+                raise ValueError(f"compare.py itself says --{taken[0]}: leave it out")
         if row.run_of:
             for key in ("flags", "preset", "match", "init_from", "code", "change"):
                 if getattr(row, key):

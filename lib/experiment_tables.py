@@ -63,7 +63,8 @@ def experiment_table(rows, current=None):
         cells = [whole(own[0]["parameters"]) if own[0]["parameters"] else NOTHING,
                  f"{mean(minutes):.{int(mean(minutes) < 10)}f}" if minutes else NOTHING]
         for length in lengths:
-            cells.append(accuracy_cell(select(own, length=length)))
+            asked = select(own, length=length)
+            cells.append(accuracy_cell(asked) + of_tasks(asked, select(rows, length=length)))
         for measure in measures:
             cells.append(figures_cell(select(own, length="", measure=measure)))
         lines.append([name, *cells])
@@ -82,6 +83,12 @@ def accuracy_cell(rows):
     found = scores.accuracy(rows)
     spread = f" [{min(found.seeds):.0f} {max(found.seeds):.0f}]" if len(found.seeds) > 1 else ""
     return f"{found.mean:.0f}{spread} {half(found.half)}"
+
+
+def of_tasks(rows, others):
+    """How many of the others' tasks were asked, where some were not: " (1 of 2 tasks)"."""
+    n, n_others = len(values(rows, "task")), len(values(others, "task"))
+    return f" ({n} of {n_others} tasks)" if 0 < n < n_others else ""
 
 
 def questions(rows):
@@ -184,8 +191,11 @@ def known_lengths(rows, lengths):
 def brief_table(rows, lengths):
     """The mean accuracy of each row at some lengths."""
     rows = [row for row in scores.by_run(rows) if row["length"]]
-    return pivot("accuracy in %", rows, "row", "length",
-                 lambda rows: whole(scores.accuracy(rows).mean), known_lengths(rows, lengths))
+
+
+    def cell(found):
+        return whole(scores.accuracy(found).mean) + of_tasks(found, rows)
+    return pivot("accuracy in %", rows, "row", "length", cell, known_lengths(rows, lengths))
 
 
 def task_table(rows, lengths=()):

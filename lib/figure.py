@@ -29,7 +29,7 @@ STYLE = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.colo
 WIDTH, DPI = 9, 200  # inches, pixels an inch
 
 
-def plot(rows, path, title, log=(), curve=""):
+def plot(rows, path, title, log=(), curve="", current=None):
     """
     Draw an experiment's rows, as lib/measured.py has them, into a PNG, which appears whole or not
     at all. log, curve: the evaluations of its runs, and the column to show over tokens, if any.
@@ -37,7 +37,7 @@ def plot(rows, path, title, log=(), curve=""):
     """
     if not rows:
         raise ValueError(f"{path} cannot be drawn: nothing was measured yet")
-    named = scores.by_run(rows)
+    named = scores.by_run(rows, current)
     curves = curves_of(rows, named, log, curve)
     with matplotlib.rc_context(STYLE):
         if curves:

@@ -5,13 +5,14 @@ figure, with what gave it.
 import csv
 import io
 import json
+import math
 import shlex
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
 from data.babilong import parse_length, parse_tasks
-from data.files import atomic_open, read_utf8
+from data.files import atomic_open, exclusive, read_utf8
 from lib import experiment as ex
 from lib.device import pick_device
 from lib.origin import hardware, origin
@@ -30,17 +31,19 @@ def read_results(path, columns=COLUMNS):
     """
     if not Path(path).exists():
         return []
+    csv.field_size_limit(1 << 30)  # a cell has the answers to any number of questions
     reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
-    rows = list(reader)
     try:
+        rows = list(reader)
         if columns and tuple(reader.fieldnames or ()) != columns:
             raise ValueError("other columns than this program writes")
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError("a row of another length")
-            int(row["seed"]), int(row.get("n") or 0), float(row.get("minutes") or 0)
+            int(row["seed"]), int(row.get("n") or 0)
+            [float(row.get(name) or 0) for name in ("minutes", "parameters", "value")]
             parse_length(row["length"]) if columns and row["length"] else None
-    except (ValueError, KeyError) as e:
+    except (ValueError, KeyError, csv.Error) as e:
         raise ValueError(f"{path} is damaged or foreign ({e}): mend it, or move it away") from None
     return rows
 
@@ -110,9 +113,14 @@ def save(experiment, row, seed, keys, folder, results_dir):
     """
     path = Path(results_dir) / f"{experiment.name}.csv"
     new = measured(experiment, row, seed, keys, folder)
-    write_results(path, merged(experiment, read_results(path), new))
-    if row.run_of:
-        return
+    with exclusive(results_dir):
+        if not row.run_of:  # first: what is in NAME.csv is not measured again
+            save_log(experiment, row, seed, folder, results_dir)
+        write_results(path, merged(experiment, read_results(path), new))
+
+
+def save_log(experiment, row, seed, folder, results_dir):
+    """Put the evaluations of a run into NAME_log.csv. Raises OSError, ValueError."""
     tokens, (_, last) = ex.planned_tokens(experiment, row), ex.steps(folder)
     log = [{"row": row.name, "seed": str(seed), **line,
             "tokens": tokens * int(line["step"]) // max(last, 1)} for line in evaluations(folder)]
@@ -120,9 +128,20 @@ def save(experiment, row, seed, keys, folder, results_dir):
               if (line["row"], line["seed"]) != (row.name, str(seed))]
     columns = tuple(dict.fromkeys(name for line in [*others, *log] for name in line))
     names = [row.name for row in experiment.row] + [line["row"] for line in others]
-    log_path = path.with_name(f"{experiment.name}_log.csv")
-    write_results(log_path, sorted(others + log, key=lambda line: (
+    path = Path(results_dir) / f"{experiment.name}_log.csv"
+    write_results(path, sorted(others + log, key=lambda line: (
         names.index(line["row"]), int(line["seed"]), int(line["step"]))), columns)
+
+
+def in_order(experiment, results_dir):
+    """The rows of NAME.csv, which get the order of the experiment's. Raises OSError, ValueError."""
+    path = Path(results_dir) / f"{experiment.name}.csv"
+    with exclusive(results_dir):
+        rows = read_results(path)
+        ordered = merged(experiment, rows, [])
+        if ordered != rows:
+            write_results(path, ordered)
+    return ordered
 
 
 # --- The figures of a run
@@ -132,12 +151,12 @@ def measured(experiment, row, seed, keys, folder):
     about, trained = json.loads(read_utf8(folder / "config.json")), experiment.answering_row(row)
     times, log = elapsed(folder), evaluations(folder)
     seconds = times[-1][0] if times else 0
-    speed = ex.planned_tokens(experiment, trained) / seconds if seconds else 0
+    speed = f"{ex.planned_tokens(experiment, trained) / seconds:.0f}" if seconds else ""
     device = pick_device(about["train"]["device"])
     common = {
         "experiment": experiment.name, "row": row.name, "seed": seed,
-        "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}",
-        "tokens_per_s": f"{speed:.0f}", "run": ex.run_id(experiment, row),
+        "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}" if times else "",
+        "tokens_per_s": speed, "run": ex.run_id(experiment, row),
         **origin(device, trained.checkout), "device": hardware(device),
         "dtype": about["train"]["dtype"],
         "command": f'python compare.py {shlex.quote(experiment.path)} --only="{row.name}"'}
@@ -148,6 +167,9 @@ def measured(experiment, row, seed, keys, folder):
     for measure, task, length, n in keys:
         found = {"measure": measure, "task": task, "length": length}
         if measure == "accuracy":
+            if (task, length, n) not in answered:
+                raise ValueError(f"it has no {n} answers to {task} at {length}: ask fewer, or for "
+                                 "a length and tasks that its stories have")
             answer = answered[task, length, n]
             found |= {name: answer[name] for name in copied}
             found["value"] = f"{int(answer['right']) / n:.4f}"
@@ -172,12 +194,18 @@ def answers(experiment, row, folder):
 
 
 def elapsed(folder):
-    """[(seconds of training, step)] of a run, as compare.py noted them."""
+    """
+    [(seconds of training, step)] of a run, as compare.py noted them; [] where they are not known:
+    it was killed, and the training went on without it.
+    """
     try:
         lines = [line.split(",") for line in read_utf8(folder / "times.csv").splitlines()]
-        return [(float(seconds), int(step)) for seconds, step in lines]
+        found = [(float(seconds), int(step)) for seconds, step in lines]
     except (OSError, ValueError):
         return []
+    step, last = ex.steps(folder)
+    known = found and not math.isnan(found[-1][0]) and step - found[-1][1] <= 0.01 * last
+    return found if known else []
 
 
 def evaluations(folder):
@@ -192,7 +220,10 @@ def best(log):
 
 
 def reached(experiment, measure, log, times):
-    """Minutes until an evaluation reached a figure, "" where none did."""
+    """Minutes until an evaluation reached a figure, "" where none did. Raises ValueError."""
+    if not times:
+        raise ValueError("its minutes are not known, as compare.py was killed while it was "
+                         "trained: delete its folder, the same command trains it anew")
     column, figure = next(item for item in experiment.until.items()
                           if ex.minutes_until(*item) == measure)
     if column not in log[0]:

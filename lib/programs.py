@@ -10,12 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from data.files import read_utf8
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from data.files import fcntl, read_utf8
 
 POLL = 1.0  # seconds between two looks at the programs that run
 # their progress bars go into a file: a line a minute

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from data.babi import TASKS
 from data.babilong import parse_length
-from data.files import atomic_open, read_utf8
+from data.files import atomic_open, exclusive, read_utf8
 from lib.config import convert
 
 PAPER = Path(__file__).parents[1] / "data" / "paper_babilong.csv"  # of arXiv 2502.06049
@@ -78,8 +78,9 @@ def add(path, row, columns=COLUMNS):
     another evaluation may have added to it. Raises OSError; the file is then as it was.
     """
     try:
-        rows = [*load(path, columns), row]
-        with atomic_open(path, "w", encoding="utf-8", newline="") as f:
+        with (exclusive(Path(path).parent),
+              atomic_open(path, "w", encoding="utf-8", newline="") as f):
+            rows = [*load(path, columns), row]
             writer = csv.DictWriter(f, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)

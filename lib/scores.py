@@ -67,11 +67,12 @@ def short(commit):
 def by_run(rows, current=None):
     """
     The rows, where what other code or flags gave has a name of its own: "LM2 (as of 1f0c9a2)". The
-    plain name is for the run in current, {row: run}; without it for that of the row's last line.
+    plain name is for the run in current, {row: run}; without it for a row's only one.
     """
-    newest = {row["row"]: row["run"] for row in rows} | (current or {})
-    older = {(row["row"], row["run"]): short(row["commit"]) for row in rows
-             if row["run"] != newest[row["row"]]}
+    runs = {(row["row"], row["run"]): short(row["commit"]) for row in rows}
+    names = [name for name, _ in runs]
+    plain = {name: run for name, run in runs if names.count(name) == 1} | (current or {})
+    older = {(name, run): commit for (name, run), commit in runs.items() if plain.get(name) != run}
     names = {}
     for (name, run), commit in older.items():
         twins = [key for key, other in older.items() if (key[0], other) == (name, commit)]

@@ -217,7 +217,7 @@ def test_a_training_that_was_stopped_from_outside_is_no_result(lab, run):
         "for step in range", "os.kill(os.getpid(), signal.SIGINT)\nfor step in range"))
     code, _, err = run("--seeds=1", "--only=base")
     assert code == 1 and "its training was stopped: the same command goes on" in err
-    assert not (lab.folder / "results").exists()
+    assert not list((lab.folder / "results").iterdir())
 
 
 def test_two_experiments_of_one_name_are_refused(lab, capsys, monkeypatch):
@@ -322,6 +322,95 @@ def test_a_training_whose_compare_was_killed_is_not_begun_twice(lab, run, begun)
     assert code == 1 and "another compare.py works on" in err and len(lab.calls()) == 1
 
 
+def test_minutes_that_nobody_noted_are_not_known(lab, run, begun):
+    process, log = begun
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    (log.parent.parent / "release").touch()  # the training goes on by itself
+    for _ in range(3000):
+        if ex.is_trained(log.parent):
+            break
+        time.sleep(0.02)
+    lab.write('[[row]]\nname = "base"\nflags = "--slow=1"', head=HEAD.replace("until", "# until"))
+    assert run("--seeds=1")[0] == 0
+    assert {(row["minutes"], row["tokens_per_s"]) for row in lab.results()} == {("", "")}
+    lab.write('[[row]]\nname = "base"\nflags = "--slow=1"')
+    code, _, err = run("--seeds=1")
+    assert code == 1 and "its minutes are not known, as compare.py was killed" in err
+    times = (log.parent / "times.csv").read_text().splitlines()
+    (log.parent / "times.csv").write_text("\n".join([*times, "nan,4"]))
+    assert measured.elapsed(log.parent) == [], "as of a run that went on once more"
+
+
+def test_nohup_keeps_it_from_a_hangup(lab, monkeypatch, capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        lab.call(capsys, monkeypatch, "--dry_run")
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_two_that_record_at_once_lose_nothing(lab, run):
+    run("--seeds=1", "--only=base")
+    rows = lab.results()
+    job = '''
+import sys
+from unittest.mock import patch
+from lib import experiment as ex
+from lib import measured
+experiment = ex.load("mine.toml")
+def new(experiment, row, seed, keys, folder):
+    return [row_of_seed | {"seed": str(seed)}]
+row_of_seed = measured.read_results("results/mine.csv")[0]
+with patch("lib.measured.measured", new), patch("lib.measured.save_log"):
+    for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 20):
+        measured.save(experiment, experiment.row[0], seed, [], None, "results")
+'''
+    both = [subprocess.Popen([sys.executable, "-c", job, first], cwd=lab.folder,
+                             env=os.environ | {"PYTHONPATH": str(REPO)}) for first in ("10", "50")]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert len(lab.results()) == len(rows) + 40
+
+
+def test_a_log_that_cannot_be_read_costs_no_evaluations(lab, run):
+    lab.write('[[row]]\nname = "base"')
+    run("--seeds=1")
+    log = lab.folder / "results/mine_log.csv"
+    whole = log.read_text()
+    log.write_text(whole.replace("base,1,", 'base,1,"', 1) + "x" * 200_000)
+    code, _, err = run("--seeds=2")
+    assert code == 2 and "mine_log.csv is damaged" in err and "Traceback" not in err
+    log.write_text(whole)
+    assert run()[0] == 0
+    assert {line["seed"] for line in lab.results("mine_log.csv")} == {"1", "2"}
+
+
+def test_the_order_of_the_rows_is_that_of_the_experiment(lab, run):
+    rows = ['[[row]]\nname = "base"', '[[row]]\nname = "other"\nflags = "--n_layer=2"']
+    lab.write(*rows)
+    run("--seeds=1")
+    lab.write(*reversed(rows))
+    _, out, _ = run("--seeds=1")
+    assert "minus other" in out and lab.results()[0]["row"] == "other"
+
+
+def test_what_cannot_be_written_is_told_before_anything_runs(lab, run):
+    (lab.folder / "file").touch()
+    for flag in ("out_dir", "results_dir"):
+        code, _, err = run(f"--{flag}=file/inside")
+        assert is_one_line(code, err, f"{flag}=file/inside is not a folder", f"another --{flag}")
+    assert not lab.calls()
+
+
+def test_what_was_asked_fewer_questions_says_so(lab, run):
+    quick = lab.folder / "quick/eval_babilong.py"
+    quick.write_text(EVAL.replace('int(flags["n_samples"])', "3"))
+    code, _, err = run("--seeds=1", "--only=base")
+    assert code == 1 and "it has no 4 answers to qa1 at 0k: ask fewer" in err
+
+
 def test_what_was_answered_is_recorded_length_by_length(lab, run):
     quick = lab.folder / "quick/eval_babilong.py"
     refusing = "import sys\nif '--lengths=1k' in sys.argv: sys.exit('error: too long')\n"
@@ -349,7 +438,7 @@ def test_code_that_is_edited_while_compare_runs_gives_no_results(lab, run):
     (lab.folder / "quick/train.py").write_text(f"{TRAIN}    if step == 4:\n        {edit}")
     code, _, err = run("--seeds=1", "--only=base")
     assert code == 1 and "its code or preset was edited since compare.py began: take" in err
-    assert not (lab.folder / "results").exists()
+    assert not list((lab.folder / "results").iterdir())
     code, out, _ = run("--seeds=1", "--only=base")
     assert code == 0 and "| base |" in out
     assert sum(call.startswith("train") for call in lab.calls()) == 2
@@ -374,10 +463,10 @@ def test_a_run_is_for_one_compare_alone(lab, run):
     with programs.locked(folder):
         code, _, err = run("--seeds=1", "--only=base")
     assert code == 1 and f"another compare.py works on {folder}: wait for it" in err
-    assert not (lab.folder / "results").exists()
+    assert not list((lab.folder / "results").iterdir())
 
 
-def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run):
+def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run, monkeypatch):
     run("--seeds=1", "--jobs=2")
     calls = lab.calls()
     (lab.folder / "quick/lm2.py").write_text("changed = True\n")
@@ -385,11 +474,13 @@ def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run)
     assert code == 0 and lab.calls() == calls
     assert "mine: base, wide, asked otherwise measured with other code or flags: --again" in out
     assert "| base (as of " in out and "| base |" not in out
-    before = {row["run"] for row in lab.results()}
+    before, drawn = {row["run"] for row in lab.results()}, []
+    monkeypatch.setattr(compare, "plot", lambda *args: drawn.append(args[-1]))
     code, out, _ = run("--seeds=1", "--again", "--only=base", "--jobs=1")
     assert code == 0 and len(lab.calls()) > len(calls)
     assert "| base |" in out and "| wide (as of " in out
-    assert {row["run"] for row in lab.results() if row["row"] == "base"}.isdisjoint(before)
+    now = {row["run"] for row in lab.results() if row["row"] == "base"}
+    assert now.isdisjoint(before) and {drawn[0]["base"]} == now, "as in the picture"
 
 
 @pytest.mark.parametrize("change, commit", [

@@ -149,7 +149,7 @@ def test_a_loss_over_tokens_is_the_mean_of_seeds_without_the_first_step():
 def test_curves_of_other_code_are_never_averaged():
     rows = [figure("LM2", 1, "1.5", run="old"), figure("LM2", 2, "1.5", run="new")]
     log = [evaluated("LM2", seed, 1000, seed) for seed in (1, 2)]
-    found = curves_of(rows, by_run(rows), log, "val_loss")
+    found = curves_of(rows, by_run(rows, {"LM2": "new"}), log, "val_loss")
     assert found == {"LM2 (as of 0123456)": {1000: [1.0]}, "LM2": {1000: [2.0]}}
 
 
@@ -205,7 +205,7 @@ def test_runs_of_other_code_have_lines_of_their_own(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("lib.figure.draw_accuracy", lambda rows: seen.append(rows) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        plot(rows, tmp_path / "a.png", "A title")
+        plot(rows, tmp_path / "a.png", "A title", current={"LM2": "new"})
     assert {row["row"] for row in seen[0]} == {"LM2 (as of 0123456)", "LM2"}
 
 

@@ -188,16 +188,19 @@ def names(rows, current=None):
 def test_what_other_code_gave_has_a_name_of_its_own():
     rows = [answered("LM2", 1, "11", run="old"), answered("LM2", 2, "11", run="new"),
             answered("RMT", 1, "11", run="old")]
-    assert names(rows) == ["LM2 (as of 0123456)", "LM2", "RMT"]
-    assert names(scores.by_run(rows)) == names(rows)  # no name changes twice
+    assert names(rows, {"LM2": "new"}) == ["LM2 (as of 0123456)", "LM2", "RMT"]
+    named = scores.by_run(rows)  # the place of a line does not tell which run is the newer one
+    assert [row["row"] for row in named] == ["LM2 (as of 0123456, run old)",
+                                             "LM2 (as of 0123456, run new)", "RMT"]
+    assert scores.by_run(named) == named, "no name changes twice"
     assert names(rows, {"LM2": "old", "RMT": "new"}) == ["LM2", "LM2 (as of 0123456)",
                                                          "RMT (as of 0123456)"]
 
 
 def test_old_runs_of_the_same_commit_do_not_share_a_name():
     rows = [answered("LM2", 1, "11", run=run, commit=f"{COMMIT}-dirty") for run in "abc"]
-    assert names(rows) == ["LM2 (as of 0123456-dirty, run a)", "LM2 (as of 0123456-dirty, run b)",
-                           "LM2"]
+    assert names(rows, {"LM2": "c"}) == [
+        "LM2 (as of 0123456-dirty, run a)", "LM2 (as of 0123456-dirty, run b)", "LM2"]
 
 
 def test_lengths_come_by_size_and_measures_apart_from_answers():

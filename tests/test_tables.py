@@ -110,14 +110,23 @@ def test_tasks_have_columns_and_means_of_their_own():
 def test_runs_of_other_code_stand_apart_and_are_never_averaged():
     rows = [answered("LM2", 1, "0000", run="old"), answered("LM2", 2, "1111", run="new"),
             answered("RMT", 2, "1100")]
-    found = cells(experiment_table(rows))
+    current = {"LM2": "new"}
+    found = cells(experiment_table(rows, current))
     assert [line["4k"][:3] for line in found.values()] == ["0 ±", "100", "50 ", "4"]
     assert list(found)[:3] == ["LM2 (as of 0123456)", "LM2", "RMT"]
-    assert "minus LM2, in points" in difference_table(rows)
-    assert list(cells(difference_table(rows))) == ["LM2 (as of 0123456)", "RMT"]
+    assert "minus LM2, in points" in difference_table(rows, current)
+    assert list(cells(difference_table(rows, current))) == ["LM2 (as of 0123456)", "RMT"]
     found = cells(experiment_table(rows, {"LM2": "newest", "RMT": "aaaaaaaa"}))
     assert list(found)[:3] == ["LM2 (as of 0123456, run old)", "LM2 (as of 0123456, run new)",
                                "RMT"]
+
+
+def test_a_mean_over_fewer_tasks_says_so():
+    rows = [answered("LM2", 1, "11"), answered("LM2", 1, "00", task="qa2"),
+            answered("RMT", 1, "11")]
+    found = cells(experiment_table(rows))
+    assert found["RMT"]["4k"].endswith(" (1 of 2 tasks)") and "tasks" not in found["LM2"]["4k"]
+    assert "| RMT | 100 (1 of 2 tasks) |" in brief_table(rows, ["4k"])
 
 
 def test_a_bar_in_a_name_does_not_tear_the_table():
