@@ -146,7 +146,8 @@ def log_likelihoods(model, x, state, continuations):
         given = targets[:, :-1].clamp(min=0)  # what is padded comes last: nothing else sees it
         more, _ = model.features(given, expand(state, n))
         features = torch.cat((features, more), dim=1)                   # (n, L, D)
-    logits = wide(model.head(features))                                 # (n, L, vocab_size)
+    with torch.autocast(device.type, enabled=False):  # in bfloat16 answers would be equally likely
+        logits = model.head(wide(features))                             # (n, L, vocab_size)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1,
                              reduction="none")
     return (-losses.view(n, -1).sum(dim=1)).tolist()

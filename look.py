@@ -28,7 +28,7 @@ from eval_babilong import EvalConfig, Run, answer_to, load_run
 from lib import checkpoint
 from lib.config import at_least, parse, user_errors
 from lib.device import pick_device
-from lib.measured import write_results
+from lib.measured import read_results, write_results
 from lib.origin import origin
 from lib.trace import BankTrace, contributions, read_weights, shares, token_shares, trace
 from lib.trace_figure import draw
@@ -39,6 +39,8 @@ from lm2 import require
 __all__ = ["BankTrace", "contributions", "read_weights", "shares", "token_shares", "trace"]
 MOST_TOKENS = 200_000  # of a text: what is noted of it lies in memory
 PRINTED = 5            # places in the text
+COLUMNS = ("run", "task", "length", "seed", "question", "right_answer", "answer", "correct",
+           "block", "share", "source", "first_tells", "commit", "torch", "device")  # of look.csv
 
 
 @dataclass
@@ -113,8 +115,6 @@ def given_text(tokenizer, config):
 
 def look_at(run, passage, task, block=0):
     """Read a Passage -> its Trace, its View of a block, the run's Answer. Raises ValueError."""
-    n_banks = run.model.config.n_banks  # of none of them `trace` speaks
-    require(block <= n_banks or not n_banks, f"block={block} has no bank: use 1 to {n_banks}")
     ids = torch.tensor(passage.ids, device=run.model.head.weight.device)
     found = trace(run.model, ids)
     text, = answer_to(ids[None], run)
@@ -147,7 +147,8 @@ def show(view):
 def count(run, config):
     """
     Ask n_samples questions -> rows of look.csv. Left out are those with a supporting fact in the
-    last token's segment, which attention sees and memory has not yet written. Raises ValueError.
+    last token's segment, or that ends right before it: attention sees it, and what gathers it there
+    memory has not yet written. Raises ValueError.
     """
     rows, about = [], origin(pick_device(config.device))
     for seed in tqdm(range(config.seed, config.seed + config.n_samples), leave=False):
@@ -158,8 +159,9 @@ def count(run, config):
         written = (len(passage.ids) - 1) // view.block_size * view.block_size
         if all(mark.end < written for mark in passage.marks if mark.kind == "support"):
             rows.append({"run": config.runs[0], "task": config.task, "length": config.length,
-                         "seed": seed, "question": passage.question, "right_answer": passage.answer,
-                         "answer": answer.text, "correct": "1" if answer.correct else "0",
+                         "seed": str(seed), "question": passage.question,
+                         "right_answer": passage.answer, "answer": answer.text,
+                         "correct": "1" if answer.correct else "0",
                          "block": str(view.layer + 1), "share": f"{view.sources[0].share:.3f}",
                          "source": kind_of(view),
                          "first_tells": "1" if first_tells(view) else "0", **about})
@@ -169,14 +171,19 @@ def count(run, config):
     return rows
 
 
-def write_count(config, rows):
-    """Print how many answers came from what, and put the rows into look.csv."""
+def write_count(config, rows, before):
+    """
+    Print how many answers came from what, and put the rows into look.csv, in place of those of
+    the same stories among the rows that it had before.
+    """
     print(count_table(rows))
     left_out = config.n_samples - len(rows)
     print(f"{left_out} of {config.n_samples} questions are left out: attention sees their fact")
-    path = Path(config.out_dir) / "look.csv"
-    write_results(path, rows, tuple(rows[0]))
-    print(path)
+    seeds = {str(config.seed + i) for i in range(config.n_samples)}
+    kept = [row for row in before if row["seed"] not in seeds or any(
+        row[name] != rows[0][name] for name in ("run", "task", "length"))]
+    write_results(Path(config.out_dir) / "look.csv", kept + rows, COLUMNS)
+    print(Path(config.out_dir) / "look.csv")
 
 
 def open_run(config):
@@ -197,13 +204,18 @@ def main():
     config, _ = parse(LookConfig, __doc__)
     with user_errors():
         run = open_run(config)
-        checkpoint.make_folder(config.out_dir)
+        n_banks = run.model.config.n_banks  # of none of them `trace` speaks
+        require(config.block <= n_banks or not n_banks,
+                f"block={config.block} has no bank: use 1 to {n_banks}")
         if config.n_samples:
-            write_count(config, count(run, config))
+            checkpoint.make_folder(config.out_dir)  # what cannot be written is told at once
+            before = read_results(Path(config.out_dir) / "look.csv", COLUMNS)
+            write_count(config, count(run, config), before)
             return
         passage = (hidden_story(run, config.task, config.length, config.seed) if run.haystack
                    else given_text(run.tokenizer, config))
         found, view, _ = look_at(run, passage, config.task, config.block)
+        checkpoint.make_folder(config.out_dir)
     print(f"{view.title}\n{view.subtitle}\n")
     show(view)
     png = draw(run.model, found, view)

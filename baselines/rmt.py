@@ -1,6 +1,6 @@
 """
 The Recurrent Memory Transformer (RMT, Bulatov et al. 2022, arXiv 2207.06881), as a decoder
-(Bulatov et al. 2024, arXiv 2402.10790), on the blocks of lm2.py.
+(Kuratov et al. 2024, arXiv 2402.10790), on the blocks of lm2.py.
 
 A segment of T tokens runs through the whole stack between two copies of m memory tokens:
 

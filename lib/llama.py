@@ -95,7 +95,8 @@ def shape_of(config, path):
             shape["rope_factor"] = float(rope["factor"])
             shape["rope_context"] = rope["original_max_position_embeddings"]
         head_dim = config.get("head_dim") or width // n_head
-        from_dict(LM2Config, shape)  # checks types and sizes
+        checked = from_dict(LM2Config, shape)
+        shape = {name: getattr(checked, name) for name in shape}
     except KeyError as e:
         raise ValueError(f"{path} has no {e.args[0]}: copy it again") from None
     except (TypeError, ZeroDivisionError):

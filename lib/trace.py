@@ -103,7 +103,8 @@ def trace(model, ids):
     without banks and a text without tokens.
     """
     c = model.config
-    require(c.n_banks, f"memory={c.memory} has no bank to look into: name a run with memory=lm2")
+    require(c.n_banks, f"memory={c.memory} with mem_layers={c.mem_layers} has no bank to look "
+            "into: name a run with banks")
     layers = {layer: block.memory for layer, block in enumerate(model.blocks) if block.memory}
     state, ids = model.initial_state(1), ids.to(model.head.weight.device)
     seen, hooks = {}, []

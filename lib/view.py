@@ -125,6 +125,7 @@ def make_view(model, tokenizer, found, marks, title, block=0):
             why = str(e)
     most = max(reads, key=lambda layer: reads[layer].size, default=max(found.banks))
     layer = block - 1 if block else most
+    require(not reads or layer in reads, f"block={layer + 1} reads nothing: use block={most + 1}")
     sources = sources_of(reads[layer], words, T) if reads else []
     bank = found.banks[layer].banks
     moved = (bank - bank[0]).abs().amax((0, 2))
@@ -140,8 +141,9 @@ def make_view(model, tokenizer, found, marks, title, block=0):
 
 def kind_of(view):
     """
-    What most of the last read came from -> a key of KINDS. What slots looked at up to BEHIND tokens
-    behind a sentence counts as that sentence's: there attention has gathered it.
+    What most of the last read came from -> a key of KINDS. What slots looked at from a sentence's
+    second token on, where attention knows its first, up to BEHIND tokens behind it, where attention
+    has gathered it, counts as that sentence's.
     """
     read, found = view.reads[view.layer], dict.fromkeys(KINDS, 0.0)
     for i, share in enumerate(read.tokens):

@@ -356,7 +356,8 @@ def test_two_that_record_at_once_lose_nothing(lab, run):
     run("--seeds=1", "--only=base")
     rows = lab.results()
     job = '''
-import sys
+import sys, time
+from pathlib import Path
 from unittest.mock import patch
 from lib import experiment as ex
 from lib import measured
@@ -364,6 +365,9 @@ experiment = ex.load("mine.toml")
 def new(experiment, row, seed, keys, folder):
     return [row_of_seed | {"seed": str(seed)}]
 row_of_seed = measured.read_results("results/mine.csv")[0]
+Path("ready" + sys.argv[1]).touch()
+while len(list(Path().glob("ready*"))) < 2:
+    time.sleep(0.001)
 with patch("lib.measured.measured", new), patch("lib.measured.save_log"):
     for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 20):
         measured.save(experiment, experiment.row[0], seed, [], None, "results")

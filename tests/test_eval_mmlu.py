@@ -54,6 +54,17 @@ def naive(model, prompt, continuation):
 
 # --- Likelihoods
 
+def test_letters_are_not_rounded_to_be_equally_likely():
+    """Of logits near 20 bfloat16 tells apart those that differ by 0.06 and more."""
+    model = random_model().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        x, state = eval_mmlu.feed(model, TOKENIZER.encode("Answer:"))
+        x = x * 20 / model.head(x).max()
+        found = eval_mmlu.log_likelihoods(model, x, state, [[i] for i in range(TOKENIZER.n_vocab)])
+    exact = (x.float() @ model.head.weight.T)[0].log_softmax(-1)
+    assert found == pytest.approx(exact.tolist(), abs=1e-4)
+
+
 @pytest.mark.parametrize("changes", [
     {}, {"attention": "full"}, {"mem_write": "aligned"}, {"mem_layers": 1}, {"memory": "none"},
     {"memory": "rmt"}, {"n_kv_head": 1},

@@ -152,6 +152,7 @@ def test_the_old_keys_of_rope_scaling_mean_the_same(tmp_path):
     (dict(hidden_size="wide"), "another type"), (dict(hidden_size=64, head_dim=16), "shape"),
     (dict(num_hidden_layers=3), "model.layers.2"), (dict(num_hidden_layers=1), "model.layers.1"),
     (dict(tie_word_embeddings=False), "lm_head.weight"), (dict(vocab_size=200), "288 tokens"),
+    (dict(num_hidden_layers="3"), "model.layers.2"), (dict(vocab_size="200"), "288 tokens"),
     (dict(num_attention_heads=0), "n_head=0"), (dict(num_hidden_layers="two"), "n_layer=two"),
     (dict(rms_norm_eps=[]), "norm_eps"), (dict(vocab_size=[1]), "vocab_size"),
     (dict(hidden_size=0), "another type"), (dict(intermediate_size=0), "mlp_ratio"),

@@ -449,6 +449,25 @@ def test_sampling_obeys_temperature_top_k_and_top_p():
     assert set(draw_token(logits, top_k=99).tolist()) <= {0, 1, 2, 3}
     assert set(draw_token(logits, top_p=0.5).tolist()) == {0}       # the first alone has 0.64
     assert set(draw_token(logits, top_p=0.8).tolist()) == {0, 1}
+    assert set(draw_token(logits, temperature=0.3, top_p=0.8).tolist()) == {0}
+    assert set(draw_token(logits, temperature=0.01).tolist()) == {0}
+    hot = draw_token(logits, temperature=100).bincount()
+    assert (hot > 75).all() and (hot < 175).all(), "all alike: 125 of 500"
+
+
+@pytest.mark.parametrize("memory", ["lm2", "none", "rmt"])
+def test_dropout_is_on_the_embedding_and_on_what_each_block_adds_in_training_alone(memory):
+    torch.manual_seed(0)
+    model = make_model(LM2Config(vocab_size=13, n_layer=1, n_head=2, n_embd=16, block_size=8,
+                                 mem_slots=4, memory=memory, dropout=0.5))
+    idx = torch.randint(13, (1, 8))
+    assert torch.equal(model.eval()(idx)[0], model(idx)[0])
+    places = [model.dropout, model.blocks[0].dropout]
+    drawn = []
+    for place in places:
+        place.register_forward_hook(lambda _, inputs, x: drawn.append((inputs[0] != 0) & (x == 0)))
+    model.train()(idx)
+    assert len(drawn) == 3 and all(0.2 < zeros.float().mean() < 0.8 for zeros in drawn)
 
 
 @pytest.mark.parametrize("kwargs, named", [

@@ -3,6 +3,7 @@ import csv
 import shutil
 import subprocess
 from contextlib import chdir
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -124,6 +125,40 @@ def test_many_stories_are_counted(checkout, call):
     assert {row["first_tells"] for row in rows} <= {"0", "1"}
 
 
+def test_a_second_count_keeps_the_rows_of_the_first(checkout, call):
+    def counted(*args):
+        look(call, "stories", "--out_dir=out/counts", *args)
+        with open(checkout.folder / "out/counts/look.csv", newline="") as f:
+            return list(csv.DictReader(f))
+    first = counted("--length=100", "--n_samples=4")
+    both = counted("--length=120", "--n_samples=4")
+    assert both[:len(first)] == first and {row["length"] for row in both} == {"100", "120"}
+    assert counted("--length=100", "--n_samples=4") == both[len(first):] + first
+    (checkout.folder / "out/counts/look.csv").write_text("not,this\n1,2\n")
+    code, _, err = call("look.py", "out/stories", "--out_dir=out/counts", "--n_samples=2")
+    assert is_one_line(code, err, "look.csv is damaged or foreign")
+    assert (checkout.folder / "out/counts/look.csv").read_text() == "not,this\n1,2\n"
+
+
+def test_what_is_refused_leaves_no_folder(checkout, call):
+    for args in (["stories", "--block=9"], ["text", "--start=The"], ["none", "--start=The play"]):
+        code, _, err = call("look.py", f"out/{args[0]}", *args[1:], "--out_dir=out/empty")
+        assert is_one_line(code, err) and not (checkout.folder / "out/empty").exists()
+
+
+def test_a_supporting_fact_is_the_last_that_names_whom_the_question_asks_for(checkout):
+    with chdir(checkout.folder):
+        run = load_run("out/stories", EvalConfig(["out/stories"]), torch.device("cpu"))
+    for seed in range(8):
+        ids, marks, question, answer = hidden_story(run, "qa1", "400", seed)
+        told = {mark: run.tokenizer.decode(ids[mark.start:mark.end]) for mark in marks}
+        person = question.split()[-1].rstrip("?")
+        about = [mark for mark, text in told.items() if person in text and mark.kind != "question"]
+        assert [mark.kind for mark in about] == ["fact"] * (len(about) - 1) + ["support"]
+        assert answer in told[about[-1]] and question in told[marks[-1]]
+        assert [mark.kind for mark in marks].count("support") == 1
+
+
 def test_left_out_is_who_asks_for_a_fact_that_memory_has_not_yet_written(checkout, call):
     look(call, "middle", "--length=640", "--n_samples=20", "--seed=1")  # ten segments of 64
     with open(checkout.folder / "out/middle/look.csv", newline="") as f:
@@ -235,6 +270,41 @@ def test_slots_that_never_change_are_named():
     tokenizer = make_tokenizer("bpe", TEXT, 300)
     found = trace(model, torch.tensor(tokenizer.encode(TEXT)[:40]))
     assert make_view(model, tokenizer, found, [], "").still == [2]
+
+
+def test_a_block_that_reads_nothing_is_named():
+    model = LM2(LM2Config(vocab_size=300, block_size=8, n_layer=2, n_head=2, n_embd=16,
+                          mem_slots=4)).eval()
+    memory_is_read(model).blocks[0].memory.w_v.weight.data.zero_()
+    tokenizer = make_tokenizer("bpe", TEXT, 300)
+    found = trace(model, torch.tensor(tokenizer.encode(TEXT)[:40]))
+    assert make_view(model, tokenizer, found, [], "").layer == 1
+    with pytest.raises(ValueError, match="block=1 reads nothing: use block=2"):
+        make_view(model, tokenizer, found, [], "", block=1)
+
+
+def test_the_page_and_the_picture_show_the_shares_and_gates(monkeypatch):
+    figures = []
+    monkeypatch.setattr(trace_figure, "png_of", figures.append)
+    torch.manual_seed(0)
+    model = memory_is_read(LM2(LM2Config(vocab_size=300, block_size=8, n_layer=2, n_head=2,
+                                         n_embd=16, mem_slots=4)).eval())
+    tokenizer = make_tokenizer("bpe", TEXT, 300)
+    found = trace(model, torch.tensor(tokenizer.encode(TEXT)[:40]))
+    view = make_view(model, tokenizer, found, [], "")
+    read = view.reads[view.layer]
+    trace_figure.draw(model, found, view)
+    shares, g_in, _, g_forget, *_ = figures[0].axes
+    assert [bar.get_height() for bar in shares.patches] == pytest.approx(
+        [100 * share for share in read.segments])
+    for axes, name in ((g_in, "g_in"), (g_forget, "g_forget")):
+        shown, = axes.get_images()
+        for layer, row in enumerate(shown.get_array()):
+            weights = view.reads[layer].weights
+            gate = (getattr(found.banks[layer], name) * weights).sum((1, 2))
+            assert row.tolist() == pytest.approx(gate.tolist())
+    most = max(read.tokens)
+    assert f'title="{most:.1%}">{escape(view.words[read.tokens.index(most)])}<' in page(view, b"")
 
 
 @pytest.mark.filterwarnings("error:Glyph")

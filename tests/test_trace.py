@@ -40,14 +40,21 @@ ALIGNED = {"mem_write": "aligned", "mem_slots": 8}
 @pytest.mark.parametrize("kind", [*KINDS.values(), ALIGNED], ids=[*KINDS, "aligned"])
 def test_what_is_noted_is_what_the_model_does(kind):
     model, ids = make(**kind)
-    found = trace(model, ids)
-    logits, _, state = model(ids[None])
+    found, outputs = trace(model, ids), {}
+    for layer, block in enumerate(model.blocks):
+        if block.memory:  # what it adds to each token
+            block.memory.register_forward_hook(
+                lambda *args, layer=layer: outputs.setdefault(layer, []).append(args[-1][0][0]))
+    state, logits = model.initial_state(1), None
+    for segment in ids[None].split(8, dim=1):
+        logits, _, state = model(segment, state=state)
     torch.testing.assert_close(found.logits, logits[0, -1].detach())
     assert list(found.banks) == list(range(model.config.n_banks))
     for layer, bank in found.banks.items():
         assert bank.E_mem.shape == bank.g_out.shape == (L, 32)
         assert not bank.E_mem[:8].any(), "the first segment reads nothing"
         torch.testing.assert_close(bank.banks[-1], state.layers[layer].bank.M[0].detach())
+        torch.testing.assert_close(bank.g_out * bank.E_mem, torch.cat(outputs[layer]).detach())
         for s in range(S):
             M = bank.g_in[s] * bank.content[s] + bank.g_forget[s] * bank.banks[s]
             torch.testing.assert_close(bank.banks[s + 1], M)
@@ -61,6 +68,25 @@ def test_a_read_is_the_sum_of_its_slots_by_their_weights(kind):
         _, values = memory.keys_values(bank.banks[S])
         E_mem = torch.einsum("lnh,nhd->lhd", weights, values).flatten(1)
         torch.testing.assert_close(E_mem.detach(), bank.E_mem[40:])
+
+
+@each_kind
+def test_what_slots_looked_at_is_what_they_write(kind):
+    model, found, _ = traced(KINDS[kind])
+    seen = {}
+    for layer, block in enumerate(model.blocks):
+        if block.memory:
+            block.memory.register_forward_hook(
+                lambda memory, inputs, outputs, layer=layer: seen.setdefault(layer, []).append(
+                    inputs[2][0]))  # the values of a segment's tokens
+    state = model.initial_state(1)
+    for segment in found.ids[None].split(8, dim=1):
+        _, state = model.features(segment, state)
+    for layer, bank in found.banks.items():
+        for looked, values, content in zip(bank.looked, seen[layer], bank.content, strict=False):
+            values = values.repeat_interleave(4 // values.size(1), dim=1)
+            C = torch.einsum("nht,thd->nhd", looked, values).flatten(1)
+            torch.testing.assert_close(C.tanh().detach(), content)
 
 
 @each_kind
@@ -155,7 +181,7 @@ def test_aligned_is_noted_but_has_no_shares():
 @pytest.mark.parametrize("memory", ["none", "rmt"])
 def test_a_model_without_banks_is_refused(memory):
     model = make_model(LM2Config(**{**SHAPE, "memory": memory}))
-    with pytest.raises(ValueError, match=f"memory={memory} has no bank"):
+    with pytest.raises(ValueError, match=f"memory={memory} with mem_layers=-1 has no bank"):
         trace(model, torch.arange(10))
     assert not any(module._forward_hooks for module in model.modules())
 
