@@ -21,8 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.babilong import parse_length, parse_tasks
-from data.curriculum import course_of
+from data.babilong import parse_length
 from eval_babilong import EvalConfig
 from lib import checkpoint, measured, programs, tables
 from lib import experiment as ex
@@ -31,6 +30,7 @@ from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
 from lib.figure import plot
 from lib.programs import Failed, Programs, locked
+from lib.run import check_course
 from train import TrainConfig
 
 TRAINED_PER_SECOND = 4_000  # tokens, of the small models of config/ on one core: to guess times by
@@ -139,10 +139,7 @@ def check_train_flags(experiment, row):
     flags = {"init_from": "run"} if row.init_from else {}
     flags |= {name: value for name, value in ex.flags_of(row.flags).items()
               if name not in brought and value not in brought}
-    config = from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags)
-    if config.dataset == "babilong":
-        parse_tasks(config.tasks)
-        course_of(config)
+    check_course(from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags))
 
 
 def check_flags(experiment):

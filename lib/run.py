@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from data.babilong import parse_tasks
 from data.corpus import open_corpus
-from data.curriculum import open_stories
-from data.pairs import open_pairs
+from data.curriculum import course_of, open_stories
+from data.pairs import open_pairs, parse_numbers
 from data.text import check_length, is_corpus, open_text
 from lib import checkpoint
 from lib.config import from_dict
@@ -93,6 +94,15 @@ def beside_others():
             raise
         sys.exit(f"error: another process of this run is gone ({checkpoint.one_line(e)}): start "
                  "all of them again, with --resume")
+
+
+def check_course(config):
+    """Raises ValueError where the tasks and lengths, or the pairs, of a config cannot be."""
+    if config.dataset == "babilong":
+        parse_tasks(config.tasks)
+        course_of(config)
+    if config.dataset == "pairs":
+        parse_numbers(config.pairs)
 
 
 def open_data(config, tokenizer=None):
