@@ -95,17 +95,17 @@ class LM2Config:
 
 
 class BankState(NamedTuple):
-    """The memory of one block. What waits to be written lies at places below pos % T of rings."""
+    """The memory of one block. `unwritten` has the tokens of its unfinished segment, pos % T."""
     M: torch.Tensor       # (B, N, D) the bank after the last whole segment, at least float32
     keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero until one is written
     values: torch.Tensor  # (B, N, nh, hs)
-    unwritten: list       # rings: keys (not turned), values (B, T, nkv, hs); `aligned`: h (B, T, D)
+    unwritten: list       # keys (before RoPE), values (B, T, nkv, hs); with `aligned` h (B, T, D)
 
 
 class LayerState(NamedTuple):
     """What a block remembers: rings of the last T tokens, the token of position p at place p % T;
     places not filled yet are zero. attention="full": all tokens, keys, values (B, pos, nkv, hs)."""
-    keys: torch.Tensor    # (B, T, nkv, hs) of self-attention, turned to their positions
+    keys: torch.Tensor    # (B, T, nkv, hs) of self-attention, turned to their positions by RoPE
     values: torch.Tensor  # (B, T, nkv, hs)
     bank: BankState | None  # None in a block without memory
 
@@ -124,7 +124,7 @@ def put(rings, xs, pos):
 
 
 def wide(x):
-    """x in float32 at least: half is too coarse for norms, angles, a loss, a bank updated long."""
+    """x in float32 at least: bfloat16 is too coarse for norms, angles, a loss, a lasting bank."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -287,7 +287,7 @@ class MemoryBank(nn.Module):
         """Input and forget gate, Eq. 4 and 5, (B, S, N, D), float32. C is what may be written; x,
         which the input gate sees, is C with `attend`, h with `aligned`. repeats: `LM2.forward`."""
         g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
-        z = wide(self.w_forget(C)).clamp(max=60)  # from 104 on `series` below would be 0 / 0
+        z = wide(self.w_forget(C)).clamp(max=60)  # beyond 100 `series` would be 0 / 0
         g_forget = z.sigmoid()                                          # Eq. 5
         if repeats is None:
             return g_in, g_forget
@@ -416,7 +416,7 @@ class LM2(nn.Module):
         """
         linear layers       normal, std 1/sqrt(fan_in); biases zero
         embedding           normal, std 0.5 (tied: as linear layers); slot queries normal, std 1
-        head, memory's w_v  zero: the first loss is log(vocab_size), memory adds nothing at first
+        head, memory's w_v  zero (unless tied): memory adds nothing, the loss is log(vocab_size)
         gates               zero weights, so that they start at their biases: input and output gate
                             half open (closed, they hide the gradient), forget gate +2 (0.88)"""
         for module in self.modules():
@@ -486,8 +486,8 @@ class LM2(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, compiled=False):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
         at O(T + N) unless attention="full". temperature 0 is greedy; top_k keeps the k likeliest
-        tokens, top_p the likeliest that together reach probability p. compiled: three steps take
-        seconds, all others less; PyTorch compiles eight in a process. Raises ValueError."""
+        tokens, top_p the likeliest that together reach probability p. compiled: of a text three
+        steps are compiled, seconds each; after eight PyTorch goes on without. Raises ValueError."""
         state, step = None, self.features
         if compiled:
             require(self.config.attention != "full" and self.config.memory != "rmt",

@@ -273,9 +273,10 @@ def test_a_job_that_has_to_wait_lets_others_go_first(lab, run):
     assert kinds[:4] == ["train", "train", "ask", "ask"]
 
 
-def ignore_interrupts():
-    """As a shell starts a program in the background."""
+def as_in_the_background():
+    """As a shell starts a program in the background, also where the tests run under nohup."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -286,7 +287,7 @@ def begun(lab):
     process = subprocess.Popen(
         [sys.executable, "-c", script, "mine.toml", "--seeds=1", "--jobs=1"], cwd=lab.folder,
         env=os.environ | {"PYTHONPATH": str(REPO)}, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, preexec_fn=ignore_interrupts)
+        start_new_session=True, preexec_fn=as_in_the_background)
     log = None
     for _ in range(3000):
         found = list((lab.folder / "out/compare").glob("*/log.csv"))
