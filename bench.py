@@ -97,7 +97,10 @@ class BenchConfig:
         if self.transformers and (self.profile or self.soak or "training" not in self.benchmarks):
             raise ValueError("--transformers names a rival in training: leave it out, or measure "
                              "--parts=training")
-        if self.csv and self.csv == self.plot:
+        if self.compile and (self.profile or self.soak):
+            raise ValueError("--compile is for training and generation: leave it out with "
+                             "--profile and --soak")
+        if self.csv and Path(self.csv).resolve() == Path(self.plot).resolve():
             raise ValueError(f"csv={self.csv} and plot={self.plot} are one file: name two")
         if (self.profile or self.soak) and (self.csv or self.plot):
             raise ValueError("--csv and --plot are for the figures of --parts: "
@@ -114,12 +117,18 @@ def up_to(longest, lengths):
 
 
 def check_writable(config):
-    """Raises OSError where the file for the figures or their plot cannot be written."""
-    for name in ("csv", "plot"):
+    """
+    Raises OSError where the file for the figures or their plot cannot be written, ValueError where
+    something else lies there.
+    """
+    for name, begins in (("csv", b"part,what,model,"), ("plot", b"\x89PNG")):
         path = Path(getattr(config, name))
         if path == Path():  # not wanted
             continue
         try:
+            if path.is_file() and not path.read_bytes().startswith(begins):
+                raise ValueError(f"{name}={path} is there, and not made by bench.py: "
+                                 "name another file")
             if path.is_dir():
                 raise IsADirectoryError
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -242,7 +251,8 @@ class Bench:
     @torch.no_grad()
     def generation(self):
         """Token by token, in float32 as sample.py does, and the time to the first one."""
-        shapes = [(1, n) for n in up_to(self.config.max_length, (64, 1024, 16384))] + [(16, 64)]
+        shapes = [(1, n) for n in up_to(self.config.max_length, (64, 1024, 16384))]
+        shapes.append((16, min(64, self.config.max_length)))
         for size, (rows, length) in product(self.sizes, shapes):
             idx = self.random_tokens(rows, length)
             models = self.models(size, others=(NANOGPT,))

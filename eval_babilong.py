@@ -295,7 +295,17 @@ def unanswered(config, runs, dtype, rows):
                 raise ValueError(f"{run.about['run']}, {task}, {length}: {e}") from None
             if not results.answered(rows, key_of(config, run, dtype, length, task, asked)):
                 found.append((length, task, run, len(asked)))
+                if n := n_longer(config, length, asked, run):
+                    print(f"{run.about['run']}, {task}, {length}: {n} of {len(asked)} stories are "
+                          "longer by themselves, and stand alone")
     return found
+
+
+def n_longer(config, length, asked, run):
+    """How many of the Questions have a story of more tokens than the length that is asked for."""
+    hidden_in = 0 if config.babilong_dir else parse_length(length)
+    stories = (hide_question(question, 0, None, run.counter, None) for question in asked)
+    return sum(len(ids) > hidden_in for ids in stories) if hidden_in else 0
 
 
 def current(rows, config):

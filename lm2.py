@@ -6,7 +6,7 @@ Notable features:
 - every block owns a memory bank: N slots that tokens read and that gates update once a segment
 - a block's attention slides over the last T tokens: facts from far before come through the banks
 - layer-parallel: a block sees all segments of a sequence at once, only its N slots recur
-- a streaming state: tokens in any chunks, in constant memory, give the logits of the whole
+- a streaming state of constant size: tokens in any chunks give the logits of the whole
 - time dilation: in training a segment can count as hundreds, so that memory learns to last
 
 Shapes: B batch, L tokens of one call, P tokens before it, T = block_size (a segment), S segments,

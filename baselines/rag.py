@@ -34,6 +34,9 @@ def bm25(sentences, question, k1=1.5, b=0.75):
 
 
 def nearest_sentences(sentences, question, k):
-    """The k sentences nearest to a question, in their original order; of equals the first ones."""
-    nearest = np.argsort(-bm25(sentences, question), kind="stable")[:k]
+    """
+    The k sentences nearest to a question, in their original order; of equals the last ones, since
+    in a story the newest fact counts.
+    """
+    nearest = np.argsort(bm25(sentences, question), kind="stable")[max(0, len(sentences) - k):]
     return [sentences[i] for i in sorted(nearest)]

@@ -267,9 +267,9 @@ def encode_line(line, tokenizer):
 
 def hide_question(question, length, haystack, tokenizer, rng):
     """
-    The facts of a Question hidden in text, the question at the end, `length` tokens in all (0: no
-    text) -> ids (length,). rng: a NumPy Generator. Raises ValueError where the tokenizer lacks a
-    character.
+    The facts of a Question hidden in text, the question at the end, `length` tokens in all, without
+    any text where they have as many by themselves (or where it is 0) -> ids (length,), or more.
+    rng: a NumPy Generator. Raises ValueError where the tokenizer lacks a character.
     """
     pieces = [encode_text(sentence, tokenizer) for sentence in question.context]
     pieces.append(encode_text(question.text, tokenizer))

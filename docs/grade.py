@@ -127,10 +127,10 @@ def grade(assignment, submission, wanted, seconds):
     """The row of a submission, {column: value}. wanted: the names of the tests it has to pass."""
     path = submission / assignment.file if submission.is_dir() else submission
     start = time.monotonic()
-    if path.is_file() and path.suffix == ".py":
+    if path.is_file() and path.suffix == ".py" and os.access(path, os.R_OK):
         outcome = try_file(assignment, path, seconds)
     else:
-        outcome = Outcome({}, f"has no {assignment.file}")
+        outcome = Outcome({}, f"has no {assignment.file} that can be read")
     failed = {test: outcome.tests.get(test, "did not run") for test in wanted}
     failed = {test: why for test, why in failed.items() if why}
     note = outcome.note
@@ -152,6 +152,14 @@ def submissions_in(folder):
     return found
 
 
+def write_grades(path, rows):
+    """Write the rows so far. Raises OSError."""
+    with atomic_open(path, "w", encoding="utf-8", errors="replace", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main():
     config, _ = parse(GradeConfig, __doc__)
     with user_errors():
@@ -160,14 +168,13 @@ def main():
         *words, folder = config.what
         assignment, submissions = find(words), submissions_in(folder)
         wanted = tests_to_pass(assignment, config.seconds)
-        with atomic_open(config.out, "w", encoding="utf-8", errors="replace", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            for submission in submissions:
-                row = grade(assignment, submission, wanted, config.seconds)
-                writer.writerow(row)
-                print(f"{row['name']}: {row['passed']} of {row['total']}, {row['seconds']} s"
-                      f"{row['note'] and ': '}{row['note']}", flush=True)
+        rows = []
+        for submission in submissions:
+            row = grade(assignment, submission, wanted, config.seconds)
+            rows.append(row)
+            write_grades(config.out, rows)
+            print(f"{row['name']}: {row['passed']} of {row['total']}, {row['seconds']} s"
+                  f"{row['note'] and ': '}{row['note']}", flush=True)
     print(config.out)
 
 

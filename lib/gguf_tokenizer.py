@@ -35,6 +35,9 @@ def gguf_tokenizer(about, path):
         bos = about["tokenizer.ggml.bos_token_id"]
         raise ValueError(f"{path}: tokenizer.ggml.bos_token_id={bos} is none of its tokens: copy "
                          "it again") from None
+    except (TypeError, AttributeError):
+        raise ValueError(f"{path} has a key of another type below tokenizer.ggml: copy it "
+                         "again") from None
     key = "pre" if kind == "gpt2" else "model"
     raise ValueError(f"{path}: tokenizer.ggml.{key}={about.get(f'tokenizer.ggml.{key}')} is "
                      "not known here: use the folder with tokenizer.json and *.safetensors")

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
@@ -61,17 +62,29 @@ def matmul_flops(job):
     return counter.get_total_flops()
 
 
+# of a bank: what its slots go through
+OF_SLOTS = tuple(f".memory.{name}.{kind}" for name in ("w_k", "w_v", "w_in", "w_forget")
+                 for kind in ("weight", "bias"))
+
+
 def training_flops(model, length):
     """
-    Floating point operations of training on one token of a sequence: 6 a parameter, and those of
-    attention to all of it, or to a window of block_size tokens (PaLM, appendix B).
+    Floating point operations of training on one token of a sequence: 6 a parameter that it goes
+    through, and those of attention to all of it, or to a window of block_size tokens (PaLM,
+    appendix B). A bank's slots, mem_slots a segment, go through some parameters instead; tokens
+    attend to them, and they to tokens. RMT's memory tokens, twice mem_slots a segment, count too.
     """
     c = model.config
     sees_all = getattr(c, "attention", "full") == "full"  # nanoGPT has no other
     seen = length if sees_all else min(length, c.block_size)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    parameters = sum(n for name, n in sizes.items() if "embed" not in name)
-    return 6 * parameters + 12 * c.n_layer * c.n_embd * seen
+    found = 12 * c.n_layer * c.n_embd * seen
+    memory, slots = getattr(c, "memory", "none"), getattr(c, "mem_slots", 0)
+    for name, p in model.named_parameters():
+        if "embed" not in name and "slot_queries" not in name:
+            found += 6 * p.numel() * (slots / c.block_size if name.endswith(OF_SLOTS) else 1)
+    if memory == "lm2":
+        found += 24 * c.n_banks * c.n_embd * slots
+    return found * (1 + 2 * slots / c.block_size if memory == "rmt" else 1)
 
 
 # --- Peak memory
@@ -204,6 +217,8 @@ def time_by_scope(job, device):
             forward_scopes.setdefault(event.sequence_nr, scope_of(event, forward_scopes))
     seconds = Counter()
     for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue  # a kernel: the operation that started it has its time
         own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         seconds[scope_of(event, forward_scopes)] += own / 1e6
     return dict(seconds.most_common())

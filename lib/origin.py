@@ -18,7 +18,7 @@ def commit(folder):
     """The commit of the checkout in a folder, "unknown" where it is none."""
     if not (Path(folder) / ".git").exists():  # git would name that of a folder above
         return "unknown"
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
     try:
         found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     except OSError:  # no git

@@ -157,9 +157,16 @@ def reading(model, context, idx):
 
 
 def recompute(model, idx, max_new_tokens):
-    """`stream` as nanoGPT generates: no cache, each token reads block_size tokens again."""
+    """
+    `stream` as nanoGPT generates: no cache, each token reads block_size tokens again, of which the
+    last one alone gets logits.
+    """
     for _ in range(max_new_tokens):
         window = idx[:, -model.config.block_size:]
-        token = draw_token(model(window)[0][:, -1])
+        if isinstance(model, LM2):
+            logits = model.head(model.features(window)[0][:, -1])
+        else:
+            logits = model(window)[0][:, -1]
+        token = draw_token(logits)
         yield token
         idx = torch.cat((idx, token[:, None]), dim=1)

@@ -6,7 +6,7 @@ import torch
 
 import bench
 from bench import Bench, BenchConfig, up_to
-from lib.measure import resident
+from lib.measure import resident, training_flops
 from lib.origin import hardware
 from lib.rivals import as_if_trained, reading, rivals
 from lm2 import LM2Config
@@ -43,6 +43,37 @@ def test_training_and_reading_are_measured_for_each_rival(small, without_peak_me
     assert "| 1 MiB, " in out
     for part in ("training", "reading"):  # a table each
         assert out.count(f"| {part} float32 | rival |") == 1
+
+
+def test_figures_are_what_was_timed(small, without_peak_memory, monkeypatch):
+    first_calls = set()
+
+    def half_a_second(job, device):
+        job()
+        if getattr(job, "func", None) is not next:
+            return 0.5
+        is_first = id(job.args[0]) not in first_calls and len(first_calls) < n_streams
+        first_calls.add(id(job.args[0]))
+        kept.append(job)  # so that no id comes twice
+        return 9.0 if is_first else 0.25
+
+    kept, n_streams = [], len(rivals(SIZE)) + 1
+    monkeypatch.setattr(bench, "timed", half_a_second)
+    small.peak = 1e9
+    small.training()
+    for row in small.rows:
+        length = 8 * int(row.what.split()[4])
+        model = as_if_trained(rivals(SIZE)[row.model], small.device)
+        assert row.tokens_per_s == 256 / 0.5
+        assert row.mfu_percent == pytest.approx(100 * 512 * training_flops(model, length) / 1e9)
+    small.rows.clear()
+    small.config.max_length = 16
+    small.generation()
+    alone, together = small.rows[:n_streams], small.rows[n_streams:]
+    assert {row.tokens_per_s for row in alone} == {4 / 0.5}
+    assert {row.tokens_per_s for row in together} == {16 * 4 / 0.5}
+    assert {row.first_token_ms for row in alone} == {250}, "the warm-up does not count"
+    assert {row.what.split(", ")[-1] for row in small.rows} == {"after 16 tokens"}
 
 
 def test_compiled_are_all_rivals_and_their_peak_memory_is_not_told(small, monkeypatch):
@@ -216,6 +247,10 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     (["--plot=play.txt/bench.png"], "plot=play.txt/bench.png cannot be written"),
     (["--csv=" + 300 * "a"], "cannot be written (File name too long)"),
     (["--csv=same", "--plot=same"], "one file"),
+    (["--csv=a.csv", "--plot=./a.csv"], "one file"),
+    (["--csv=play.txt"], "csv=play.txt is there, and not made by bench.py"),
+    (["--plot=play.txt"], "plot=play.txt is there, and not made by bench.py"),
+    (["--profile", "--compile"], "--compile is for training and generation"),
     (["--profile", "--soak"], "exclude each other"),
     (["--transformers"], "--transformers names a rival in training"),
     (["--soak", "--csv=a.csv"], "leave them out"),

@@ -509,6 +509,16 @@ def test_a_changed_copy_is_of_the_commit_it_was_made_of(tmp_path, monkeypatch, c
     assert loss["commit"] == "that", "another checkout has its own"
 
 
+def test_a_tag_is_no_commit(tmp_path):
+    def git(*args):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=b", *args], cwd=tmp_path,
+                       check=True, capture_output=True)
+    git("init")
+    git("commit", "--allow-empty", "-m", "one")
+    git("tag", "-a", "v1.0", "-m", "first")
+    assert len(commit(tmp_path)) == 40
+
+
 def test_a_folder_without_git_of_its_own_has_no_commit():
     assert commit(REPO / "experiments") == commit("/") == "unknown"
 

@@ -342,6 +342,12 @@ def test_an_evaluation_writes_a_table_a_row_for_each_cell_and_a_picture(call, ru
     assert (out_dir / "babilong.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_stories_longer_than_the_length_are_told(run, answer):
+    _, out, _, _ = answer(run, "--tasks=qa1", "--lengths=0k,100,3k", "--n_samples=8")
+    said = [line for line in out.splitlines() if "longer by themselves" in line]
+    assert len(said) == 1 and said[0].startswith(f"{run}, qa1, 100: ") and "of 8" in said[0]
+
+
 def test_after_ctrl_c_the_same_command_goes_on(call, run, out_dir, monkeypatch):
     command = ["eval_babilong.py", run, "--tasks=qa1,qa2", "--lengths=0k,300", "--n_samples=2",
                *ON_CPU, f"--out_dir={out_dir}"]

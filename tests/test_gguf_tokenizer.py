@@ -169,6 +169,14 @@ def test_other_tokenizers_are_refused(about, key, value):
         tokenizer_of(about, **{key: value})
 
 
+@pytest.mark.parametrize("key, value", [("merges", [1]), ("pre", ["smollm"]), ("tokens", 3),
+                                        ("token_type", None), ("bos_token_id", "one")])
+def test_what_has_another_type_is_refused(about, key, value):
+    about = about | {"tokenizer.ggml.add_bos_token": True, f"tokenizer.ggml.{key}": value}
+    with pytest.raises(ValueError, match="^x has a key of another type below tokenizer.ggml: copy"):
+        gguf_tokenizer(about, "x")
+
+
 def test_what_is_missing_is_named(about, pieces):
     for name in ("tokens", "scores", "token_type"):
         with pytest.raises(ValueError, match=f"^x has no tokenizer.ggml.{name}: copy it again$"):

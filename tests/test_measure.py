@@ -2,10 +2,12 @@
 import os
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import CPU, FLOAT32, SIZE, VOCAB, idx, model
+from torch.autograd import DeviceType
 
 from lib import measure
 from lib.measure import (
@@ -32,6 +34,15 @@ def test_flops_are_six_a_parameter_and_attention_to_what_is_seen(attention, leng
     vanilla = model(memory="none", attention=attention)
     parameters = sum(p.numel() for p in vanilla.parameters()) - VOCAB * 16
     assert training_flops(vanilla, length) == 6 * parameters + 12 * 2 * 16 * seen
+
+
+@pytest.mark.parametrize("kind", [dict(memory="none"), dict(), dict(memory="rmt")], ids=str)
+@pytest.mark.parametrize("segments", [1, 8])
+def test_flops_are_near_those_of_the_matmuls(kind, segments):
+    big = model(n_embd=64, n_layer=2, n_head=2, block_size=32, mem_slots=8, **kind)
+    tokens = idx(2, 32 * segments)
+    counted = matmul_flops(lambda: big(tokens, tokens)[1].backward()) / tokens.numel()
+    assert training_flops(big, 32 * segments) == pytest.approx(counted, rel=0.15)
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -78,6 +89,19 @@ def work(seconds):
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
+
+
+def test_a_kernel_counts_for_the_operation_that_started_it(monkeypatch):
+    def event(name, device_type, parent, own):
+        return SimpleNamespace(name=name, device_type=device_type, cpu_parent=parent,
+                               sequence_nr=-1, self_device_time_total=own)
+    mlp = event("scope MLP", DeviceType.CPU, None, 0.0)
+    product = event("aten::mm", DeviceType.CPU, mlp, 100.0)
+    events = [mlp, product, event("gemm", DeviceType.CUDA, None, 100.0),
+              event("scope MLP", DeviceType.CUDA, None, 100.0)]
+    monkeypatch.setattr("lib.measure.profiled", lambda job, device: events)
+    seconds = time_by_scope(None, torch.device("cuda"))
+    assert {name: own for name, own in seconds.items() if own} == {"MLP": pytest.approx(1e-4)}
 
 
 def test_time_goes_to_the_innermost_scope(monkeypatch):

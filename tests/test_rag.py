@@ -28,9 +28,9 @@ def test_the_nearest_sentences_keep_their_order():
     assert nearest_sentences(SENTENCES, "milk", 1) == [SENTENCES[2]]
 
 
-def test_of_equally_near_sentences_the_first_ones_are_kept():
+def test_of_equally_near_sentences_the_last_ones_are_kept():
     sentences = [f"Number {i} is near." if i % 2 else f"Number {i}." for i in range(100)]
-    assert nearest_sentences(sentences, "near", 3) == [sentences[i] for i in (1, 3, 5)]
+    assert nearest_sentences(sentences, "near", 3) == [sentences[i] for i in (95, 97, 99)]
 
 
 def test_more_than_there_are_is_all_of_them():
