@@ -21,6 +21,7 @@ from typing import NamedTuple
 import pytest
 from conftest import REPO, is_one_line
 
+import docs.grade
 from docs.assignment import (
     ANSWERS,
     ANSWERS_HANDED_OUT,
@@ -365,6 +366,23 @@ def is_still(heart):
     size = heart.stat().st_size
     time.sleep(0.5)
     return 0 < size == heart.stat().st_size
+
+
+def test_after_ctrl_c_the_grades_so_far_are_there(tmp_path, monkeypatch, capsys):
+    def grade_once(assignment, submission, wanted, seconds):
+        if submission.name == "b.py":
+            raise KeyboardInterrupt
+        return dict.fromkeys(COLUMNS, 1) | {"name": "a", "note": ""}
+
+    for name in "ab":
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.setattr(docs.grade, "grade", grade_once)
+    monkeypatch.setattr(docs.grade, "tests_to_pass", lambda *_: ["test"])
+    out = tmp_path / "out" / "grades.csv"
+    monkeypatch.setattr(sys, "argv", ["", "memory: gates", str(tmp_path), f"--out={out}"])
+    with pytest.raises(SystemExit) as stop:
+        docs.grade.main()
+    assert stop.value.code == 130 and out.read_text().splitlines()[1].startswith("a,")
 
 
 def test_a_submission_that_hangs_is_stopped_and_costs_only_itself(little):
