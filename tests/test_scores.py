@@ -57,6 +57,16 @@ def test_one_task_and_one_seed_have_the_interval_of_agresti_and_coull(n, right):
     assert found.half > 1
 
 
+@pytest.mark.parametrize("n, least", [(10, 0.79), (30, 0.9), (100, 0.92)])
+def test_how_often_the_interval_holds_whatever_the_true_share(n, least):
+    halves = [scores.accuracy([answered("a", 1, "1" * right + "0" * (n - right))]).half
+              for right in range(n + 1)]
+    for share in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98):
+        holds = sum(math.comb(n, right) * share ** right * (1 - share) ** (n - right)
+                    for right, half in enumerate(halves) if abs(right / n - share) <= half / 100)
+        assert holds > least
+
+
 def test_the_interval_is_that_of_drawing_other_questions():
     rng = np.random.default_rng(1)
     sizes = {"qa1": (500, 0.9), "qa2": (300, 0.4)}
