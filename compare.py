@@ -326,8 +326,9 @@ def say_what_would_be_run(jobs, config, known):
             asked = ", ".join(f"{length} x {n}" for length, n in job.questions)
             what.append(f"ask {asked}, about {asking / 60:.0f} min")
         print(f"{job.name}: {'; '.join(what) or 'read its log'} ({job.folder})")
-    hours, minutes = divmod(round(total / 60 / config.jobs), 60)
-    print(f"{len(jobs)} runs, about {hours} h {minutes} min, {config.jobs} at a time")
+    at_once = min(config.jobs, max(1, len(jobs)))
+    hours, minutes = divmod(round(total / 60 / at_once), 60)
+    print(f"{len(jobs)} runs, about {hours} h {minutes} min, {at_once} at a time")
 
 
 def show(experiment, rows, results_dir):
@@ -369,9 +370,9 @@ def main():
             if old := measured.outdated(experiment, rows):
                 print(f"{experiment.name}: {', '.join(old)} measured with other code or flags: "
                       "--again measures anew")
-        config.jobs = min(config.jobs, max(1, len(jobs)))
-        for flag in () if config.dry_run else ("out_dir", "results_dir"):
-            checkpoint.make_folder(getattr(config, flag), flag=flag)
+        if experiments and not config.dry_run:
+            checkpoint.make_folder(config.out_dir)
+            checkpoint.make_folder(results, flag="results_dir")
     if config.dry_run:
         say_what_would_be_run(jobs, config, known)
         return

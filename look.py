@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.babi import LABELS, simulate
 from data.babilong import encode_text, is_correct, parse_length, parse_tasks
-from data.files import atomic_open, read_utf8
+from data.files import atomic_open, exclusive, read_utf8
 from data.tokenizer import prompt_ids
 from eval_babilong import EvalConfig, Run, answer_to, load_run
 from lib import checkpoint
@@ -171,19 +171,21 @@ def count(run, config):
     return rows
 
 
-def write_count(config, rows, before):
+def write_count(config, rows):
     """
     Print how many answers came from what, and put the rows into look.csv, in place of those of
-    the same stories among the rows that it had before.
+    the same stories. Raises ValueError, OSError.
     """
     print(count_table(rows))
     left_out = config.n_samples - len(rows)
     print(f"{left_out} of {config.n_samples} questions are left out: attention sees their fact")
-    seeds = {str(config.seed + i) for i in range(config.n_samples)}
-    kept = [row for row in before if row["seed"] not in seeds or any(
-        row[name] != rows[0][name] for name in ("run", "task", "length"))]
-    write_results(Path(config.out_dir) / "look.csv", kept + rows, COLUMNS)
-    print(Path(config.out_dir) / "look.csv")
+    path = Path(config.out_dir) / "look.csv"
+    seeds = range(config.seed, config.seed + config.n_samples)
+    with exclusive(config.out_dir):
+        kept = [row for row in read_results(path, COLUMNS) if int(row["seed"]) not in seeds or any(
+            row[name] != rows[0][name] for name in ("run", "task", "length"))]
+        write_results(path, kept + rows, COLUMNS)
+    print(path)
 
 
 def open_run(config):
@@ -209,8 +211,8 @@ def main():
                 f"block={config.block} has no bank: use 1 to {n_banks}")
         if config.n_samples:
             checkpoint.make_folder(config.out_dir)  # what cannot be written is told at once
-            before = read_results(Path(config.out_dir) / "look.csv", COLUMNS)
-            write_count(config, count(run, config), before)
+            read_results(Path(config.out_dir) / "look.csv", COLUMNS)
+            write_count(config, count(run, config))
             return
         passage = (hidden_story(run, config.task, config.length, config.seed) if run.haystack
                    else given_text(run.tokenizer, config))

@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -50,17 +50,18 @@ def atomic_open(path, mode="wb", **kwargs):
 
 @contextmanager
 def exclusive(folder):
-    """Wait until no other thread and no process is in here, for the same folder. Raises OSError."""
+    """
+    Wait until no other thread is in here, and no other process for the same folder where its file
+    system has locks. Raises OSError where it cannot be made.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with ONE_THREAD:
-        lock = os.open(folder, os.O_RDONLY) if fcntl else None
-        try:
+    with ONE_THREAD, ExitStack() as stack:
+        with suppress(OSError):
             if fcntl:
+                lock = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, lock)  # which gives the lock back
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            if fcntl:
-                os.close(lock)  # which opens it
+        yield
 
 
 def write_json(path, value):

@@ -169,6 +169,7 @@ def main():
         assignment, submissions = find(words), submissions_in(folder)
         wanted = tests_to_pass(assignment, config.seconds)
         rows = []
+        write_grades(config.out, rows)  # what cannot be written is told at once
         for submission in submissions:
             row = grade(assignment, submission, wanted, config.seconds)
             rows.append(row)

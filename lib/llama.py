@@ -94,7 +94,6 @@ def shape_of(config, path):
         if kind == "llama3":
             shape["rope_factor"] = float(rope["factor"])
             shape["rope_context"] = rope["original_max_position_embeddings"]
-        head_dim = config.get("head_dim") or width // n_head
         checked = from_dict(LM2Config, shape)
         shape = {name: getattr(checked, name) for name in shape}
     except KeyError as e:
@@ -106,9 +105,10 @@ def shape_of(config, path):
     if hidden % 8:
         raise ValueError(f"{path}: intermediate_size={hidden} must be a multiple of 8 here: "
                          "use another model")
-    if head_dim * n_head != width:
-        raise ValueError(f"{path}: head_dim={config.get('head_dim')} is not known here, only "
-                         f"hidden_size / num_attention_heads={width / n_head:g}: use another model")
+    head_dim = shape["n_embd"] / shape["n_head"]
+    if (config.get("head_dim") or head_dim) != head_dim:
+        raise ValueError(f"{path}: head_dim={config['head_dim']} is not known here, only "
+                         f"hidden_size / num_attention_heads={head_dim:g}: use another model")
     return shape
 
 

@@ -62,9 +62,8 @@ def matmul_flops(job):
     return counter.get_total_flops()
 
 
-# of a bank: what its slots go through
-OF_SLOTS = tuple(f".memory.{name}.{kind}" for name in ("w_k", "w_v", "w_in", "w_forget")
-                 for kind in ("weight", "bias"))
+OF_SLOTS = ("w_k", "w_v", "w_in", "w_forget")  # of a bank: what its slots go through
+TWICE = ("w_q", "w_k", "w_v")  # by `aligned`, which reads once more to write
 
 
 def training_flops(model, length):
@@ -80,8 +79,12 @@ def training_flops(model, length):
     found = 12 * c.n_layer * c.n_embd * seen
     memory, slots = getattr(c, "memory", "none"), getattr(c, "mem_slots", 0)
     for name, p in model.named_parameters():
+        times, layer = 1, name.split(".")[-2:][0]
+        if ".memory." in name:
+            times = slots / c.block_size if layer in OF_SLOTS else 1
+            times *= 2 if c.mem_write == "aligned" and layer in TWICE else 1
         if "embed" not in name and "slot_queries" not in name:
-            found += 6 * p.numel() * (slots / c.block_size if name.endswith(OF_SLOTS) else 1)
+            found += 6 * p.numel() * times
     if memory == "lm2":
         found += 24 * c.n_banks * c.n_embd * slots
     return found * (1 + 2 * slots / c.block_size if memory == "rmt" else 1)

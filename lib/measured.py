@@ -179,7 +179,7 @@ def measured(experiment, row, seed, keys, folder):
                 raise ValueError(f"measure={measure} is no column of {folder}/log.csv: use "
                                  f"tokens_per_s, {', '.join(log[0])}")
         else:
-            found["value"] = reached(experiment, measure, log, times)
+            found["value"] = reached(experiment, measure, folder, log, times)
         rows.append(dict.fromkeys(COLUMNS, "") | common | found)
     return rows
 
@@ -204,7 +204,7 @@ def elapsed(folder):
     except (OSError, ValueError):
         return []
     step, last = ex.steps(folder)
-    known = found and not math.isnan(found[-1][0]) and step - found[-1][1] <= 0.01 * last
+    known = found and not math.isnan(found[-1][0]) and step - found[-1][1] <= max(1, last / 100)
     return found if known else []
 
 
@@ -219,11 +219,11 @@ def best(log):
     return log[-1] if "accuracy" in log[-1] else min(log, key=lambda row: float(row["val_loss"]))
 
 
-def reached(experiment, measure, log, times):
+def reached(experiment, measure, folder, log, times):
     """Minutes until an evaluation reached a figure, "" where none did. Raises ValueError."""
     if not times:
-        raise ValueError("its minutes are not known, as compare.py was killed while it was "
-                         "trained: delete its folder, the same command trains it anew")
+        raise ValueError("its minutes are not known, as compare.py was killed meanwhile: "
+                         f"delete {folder}, and the same command trains it anew")
     column, figure = next(item for item in experiment.until.items()
                           if ex.minutes_until(*item) == measure)
     if column not in log[0]:

@@ -67,9 +67,13 @@ def join_processes(device, dtype):
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     try:
-        # rank 0 may prepare a large corpus for hours before it comes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))
+        store, rank, world = next(dist.rendezvous("env://"))
+        if rank:  # rank 0 may prepare a large corpus for hours before it comes
+            store.wait(["rank 0 has the data"], timedelta(days=1))
+        else:
+            store.set("rank 0 has the data", "")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world)
     except dist.DistError as e:
         raise ValueError(f"the processes do not find each other ({checkpoint.one_line(e)}): "
                          "start them with torchrun") from None
@@ -249,7 +253,10 @@ def matched_mlp_ratio(config, device):
     found = 0
     if hidden > 0:
         config = replace(config, mlp_ratio=ratio)
-        check_memory(config, device)
+        try:
+            check_memory(config, device)
+        except ValueError as e:
+            raise ValueError(f"match_params={said} is too much: {e}, or a smaller number") from None
         with torch.device("meta"):
             matched = checkpoint.make_model(config.model_config())
         found = sum(p.numel() for p in matched.parameters())
@@ -276,7 +283,7 @@ def begun_from(config, given):
         raise ValueError(f"init_from={config.init_from} does not fit: {e}") from None
     if config.freeze and not config.n_banks:
         raise ValueError(f"freeze={config.freeze} leaves nothing to train, as there is no bank: "
-                         "leave it out, or give --memory=lm2")
+                         "leave it out, or give --memory=lm2 --mem_layers=-1")
     return config, tokenizer
 
 

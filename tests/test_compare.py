@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from conftest import REPO, SMALL, is_one_line
@@ -330,15 +331,17 @@ def test_minutes_that_nobody_noted_are_not_known(lab, run, begun):
     process.stderr.close()
     (log.parent.parent / "release").touch()  # the training goes on by itself
     for _ in range(3000):
-        if ex.is_trained(log.parent):
+        with suppress(programs.Failed), programs.locked(log.parent):  # until then it holds the lock
             break
         time.sleep(0.02)
+    assert ex.is_trained(log.parent)
     lab.write('[[row]]\nname = "base"\nflags = "--slow=1"', head=HEAD.replace("until", "# until"))
     assert run("--seeds=1")[0] == 0
     assert {(row["minutes"], row["tokens_per_s"]) for row in lab.results()} == {("", "")}
     lab.write('[[row]]\nname = "base"\nflags = "--slow=1"')
     code, _, err = run("--seeds=1")
-    assert code == 1 and "its minutes are not known, as compare.py was killed" in err
+    out = log.parent.relative_to(lab.folder)
+    assert code == 1 and f"are not known, as compare.py was killed meanwhile: delete {out}" in err
     times = (log.parent / "times.csv").read_text().splitlines()
     (log.parent / "times.csv").write_text("\n".join([*times, "nan,4"]))
     assert measured.elapsed(log.parent) == [], "as of a run that went on once more"
@@ -375,7 +378,11 @@ with patch("lib.measured.measured", new), patch("lib.measured.save_log"):
 '''
     both = [subprocess.Popen([sys.executable, "-c", job, first], cwd=lab.folder,
                              env=os.environ | {"PYTHONPATH": str(REPO)}) for first in ("10", "50")]
-    assert [process.wait(60) for process in both] == [0, 0]
+    try:
+        assert [process.wait(60) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     assert len(lab.results()) == len(rows) + 40
 
 
@@ -608,12 +615,13 @@ def test_losses_are_those_of_the_best_step_and_minutes_those_until_a_figure(lab)
     assert measured.best(stories) is stories[-1], "of stories the last weights count"
     experiment.until = {"val_loss": 1.6}
     times = [(0.0, 0), (30.0, 5), (66.0, 12), (120.0, 20)]
-    assert measured.reached(experiment, "minutes until val_loss 1.6", log, times) == "1.10"
+    until = "minutes until val_loss 1.6"
+    assert measured.reached(experiment, until, lab.folder, log, times) == "1.10"
     experiment.until = {"loss": 1}
     with pytest.raises(ValueError, match="until has loss, .* use step, val_loss"):
-        measured.reached(experiment, "minutes until loss 1", log, times)
+        measured.reached(experiment, "minutes until loss 1", lab.folder, log, times)
     experiment.until = {"val_loss": 1.4}
-    assert measured.reached(experiment, "minutes until val_loss 1.4", log, times) == ""
+    assert measured.reached(experiment, "minutes until val_loss 1.4", lab.folder, log, times) == ""
 
 
 # --- The real programs

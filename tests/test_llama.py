@@ -155,6 +155,7 @@ def test_the_old_keys_of_rope_scaling_mean_the_same(tmp_path):
     (dict(num_hidden_layers="3"), "model.layers.2"), (dict(vocab_size="200"), "288 tokens"),
     (dict(num_attention_heads=0), "n_head=0"), (dict(num_hidden_layers="two"), "n_layer=two"),
     (dict(rms_norm_eps=[]), "norm_eps"), (dict(vocab_size=[1]), "vocab_size"),
+    (dict(num_attention_heads="3"), "n_head=3"), (dict(head_dim={"a": 1}), "head_dim={'a': 1}"),
     (dict(hidden_size=0), "another type"), (dict(intermediate_size=0), "mlp_ratio"),
     (dict(rope_parameters=["llama3"]), "rope scaling"), (dict(head_dim="8"), "head_dim=8"),
     (dict(tie_word_embeddings="so"), "tie_head=so"), (dict(num_hidden_layers=-1), "n_layer=-1"),
