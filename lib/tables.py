@@ -137,7 +137,7 @@ TABLES = {
     "speed-cpu": lambda: speed("results/speed_cpu.csv"),
     "speed-cpu-far": lambda: speed_all("results/speed_cpu_far.csv"),
     "speed-cpu-generation": lambda: speed("results/speed_cpu_generation.csv"),
-    "speed-cpu-compiled": lambda: speed_all("results/speed_cpu_compiled.csv"),
+    "speed-cpu-compiled": lambda: speed("results/speed_cpu_compiled.csv"),
     "speed-gpu": lambda: speed("results/speed_gpu.csv"),
     "speed-gpu-all": lambda: speed_all("results/speed_gpu.csv"),
     "processes": lambda: pivot("", load("results/processes.csv"), "what", "measure", measured),
