@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from multiprocessing import get_context
+from unittest.mock import patch
 
 import pytest
 from conftest import REPO, SMALL, is_one_line
@@ -358,31 +360,20 @@ def test_nohup_keeps_it_from_a_hangup(lab, monkeypatch, capsys):
 
 def test_two_that_record_at_once_lose_nothing(lab, run):
     run("--seeds=1", "--only=base")
-    rows = lab.results()
-    job = '''
-import sys, time
-from pathlib import Path
-from unittest.mock import patch
-from lib import experiment as ex
-from lib import measured
-experiment = ex.load("mine.toml")
-def new(experiment, row, seed, keys, folder):
-    return [row_of_seed | {"seed": str(seed)}]
-row_of_seed = measured.read_results("results/mine.csv")[0]
-Path("ready" + sys.argv[1]).touch()
-while len(list(Path().glob("ready*"))) < 2:
-    time.sleep(0.001)
-with patch("lib.measured.measured", new), patch("lib.measured.save_log"):
-    for seed in range(int(sys.argv[1]), int(sys.argv[1]) + 20):
-        measured.save(experiment, experiment.row[0], seed, [], None, "results")
-'''
-    both = [subprocess.Popen([sys.executable, "-c", job, first], cwd=lab.folder,
-                             env=os.environ | {"PYTHONPATH": str(REPO)}) for first in ("10", "50")]
-    try:
-        assert [process.wait(60) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
+    rows, experiment = lab.results(), ex.load("mine.toml")
+
+    def record(first):
+        with (patch("lib.measured.save_log"), patch("lib.measured.measured",
+              lambda experiment, row, seed, *_: [rows[0] | {"seed": str(seed)}])):
+            for seed in range(first, first + 20):
+                measured.save(experiment, experiment.row[0], seed, [], None, "results")
+
+    both = [get_context("fork").Process(target=record, args=(first,)) for first in (10, 50)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+        process.kill()
     assert len(lab.results()) == len(rows) + 40
 
 
