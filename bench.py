@@ -126,9 +126,11 @@ def check_writable(config):
         if path == Path():  # not wanted
             continue
         try:
-            if path.is_file() and not path.read_bytes().startswith(begins):
-                raise ValueError(f"{name}={path} is there, and not made by bench.py: "
-                                 "name another file")
+            if path.is_file():
+                with open(path, "rb") as f:
+                    if f.read(len(begins)) != begins:
+                        raise ValueError(f"{name}={path} is there, and not made by bench.py: "
+                                         "name another file")
             if path.is_dir():
                 raise IsADirectoryError
             path.parent.mkdir(parents=True, exist_ok=True)

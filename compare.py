@@ -30,7 +30,7 @@ from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
 from lib.figure import plot
 from lib.programs import Failed, Programs, locked
-from lib.run import check_course
+from lib.run import check_curriculum
 from train import TrainConfig
 
 TRAINED_PER_SECOND = 4_000  # tokens, of the small models of config/ on one core: to guess times by
@@ -139,7 +139,7 @@ def check_train_flags(experiment, row):
     flags = {"init_from": "run"} if row.init_from else {}
     flags |= {name: value for name, value in ex.flags_of(row.flags).items()
               if name not in brought and value not in brought}
-    check_course(from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags))
+    check_curriculum(from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags))
 
 
 def check_flags(experiment):

@@ -303,9 +303,10 @@ def unanswered(config, runs, dtype, rows):
 
 def n_longer(config, length, asked, run):
     """How many of the Questions have a story of more tokens than the length that is asked for."""
-    hidden_in = 0 if config.babilong_dir else parse_length(length)
+    if config.babilong_dir or not parse_length(length):
+        return 0  # these are not mixed with text of ours
     stories = (hide_question(question, 0, None, run.counter, None) for question in asked)
-    return sum(len(ids) > hidden_in for ids in stories) if hidden_in else 0
+    return sum(len(ids) > parse_length(length) for ids in stories)
 
 
 def current(rows, config):

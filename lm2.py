@@ -95,7 +95,7 @@ class LM2Config:
 
 
 class BankState(NamedTuple):
-    """The memory of one block. `unwritten` has the tokens of its unfinished segment, pos % T."""
+    """The memory of one block. Of `unwritten` the first pos % T tokens wait to be written."""
     M: torch.Tensor       # (B, N, D) the bank after the last whole segment, at least float32
     keys: torch.Tensor    # (B, N, nh, hs) what tokens read of it; zero until one is written
     values: torch.Tensor  # (B, N, nh, hs)

@@ -147,8 +147,8 @@ def show(view):
 def count(run, config):
     """
     Ask n_samples questions -> rows of look.csv. Left out are those with a supporting fact in the
-    last token's segment, or that ends right before it: attention sees it, and what gathers it there
-    memory has not yet written. Raises ValueError.
+    last token's segment, or right before it. Attention sees these, and the token behind the fact,
+    where attention gathers it, is not yet written. Raises ValueError.
     """
     rows, about = [], origin(pick_device(config.device))
     for seed in tqdm(range(config.seed, config.seed + config.n_samples), leave=False):
@@ -210,8 +210,8 @@ def main():
         require(config.block <= n_banks or not n_banks,
                 f"block={config.block} has no bank: use 1 to {n_banks}")
         if config.n_samples:
-            checkpoint.make_folder(config.out_dir)  # what cannot be written is told at once
-            read_results(Path(config.out_dir) / "look.csv", COLUMNS)
+            checkpoint.make_folder(config.out_dir)
+            read_results(Path(config.out_dir) / "look.csv", COLUMNS)  # if damaged, it is told now
             write_count(config, count(run, config))
             return
         passage = (hidden_story(run, config.task, config.length, config.seed) if run.haystack

@@ -38,5 +38,5 @@ def nearest_sentences(sentences, question, k):
     The k sentences nearest to a question, in their original order; of equals the last ones, since
     in a story the newest fact counts.
     """
-    nearest = np.argsort(bm25(sentences, question), kind="stable")[max(0, len(sentences) - k):]
+    nearest = np.argsort(bm25(sentences, question), kind="stable")[::-1][:k]
     return [sentences[i] for i in sorted(nearest)]

@@ -154,7 +154,7 @@ def one_line(error):
 def make_folder(out_dir, n_bytes=0, flag="out_dir"):
     """
     Create the folder that a program writes into. Raises ValueError where it cannot be written to,
-    or where its disk has less than n_bytes left.
+    or where its disk has less than n_bytes left. flag: the one that names it.
     """
     with suppress(OSError):
         Path(out_dir).mkdir(parents=True, exist_ok=True)

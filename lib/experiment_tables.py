@@ -192,9 +192,9 @@ def brief_table(rows, lengths):
     """The mean accuracy of each row at some lengths."""
     rows = [row for row in scores.by_run(rows) if row["length"]]
 
-
     def cell(found):
         return whole(scores.accuracy(found).mean) + of_tasks(found, rows)
+
     return pivot("accuracy in %", rows, "row", "length", cell, known_lengths(rows, lengths))
 
 

@@ -33,6 +33,7 @@ def plot(rows, path, title, log=(), curve="", current=None):
     """
     Draw an experiment's rows, as lib/measured.py has them, into a PNG, which appears whole or not
     at all. log, curve: the evaluations of its runs, and the column to show over tokens, if any.
+    current: see scores.by_run.
     Raises ValueError where there are no rows, OSError.
     """
     if not rows:

@@ -94,7 +94,7 @@ def shape_of(config, path):
         if kind == "llama3":
             shape["rope_factor"] = float(rope["factor"])
             shape["rope_context"] = rope["original_max_position_embeddings"]
-        checked = from_dict(LM2Config, shape)
+        checked = from_dict(LM2Config, shape)  # numbers that were text are numbers now
         shape = {name: getattr(checked, name) for name in shape}
     except KeyError as e:
         raise ValueError(f"{path} has no {e.args[0]}: copy it again") from None

@@ -62,8 +62,8 @@ def matmul_flops(job):
     return counter.get_total_flops()
 
 
-OF_SLOTS = ("w_k", "w_v", "w_in", "w_forget")  # of a bank: what its slots go through
-TWICE = ("w_q", "w_k", "w_v")  # by `aligned`, which reads once more to write
+OF_SLOTS = ("w_k", "w_v", "w_in", "w_forget")  # layers of a bank that its slots go through
+TWICE = ("w_q", "w_k", "w_v")  # layers that `aligned` goes through again, since it reads to write
 
 
 def training_flops(model, length):
@@ -79,7 +79,7 @@ def training_flops(model, length):
     found = 12 * c.n_layer * c.n_embd * seen
     memory, slots = getattr(c, "memory", "none"), getattr(c, "mem_slots", 0)
     for name, p in model.named_parameters():
-        times, layer = 1, name.split(".")[-2:][0]
+        times, layer = 1, name.split(".")[-2:][0]  # of blocks.0.memory.w_q.weight: w_q
         if ".memory." in name:
             times = slots / c.block_size if layer in OF_SLOTS else 1
             times *= 2 if c.mem_write == "aligned" and layer in TWICE else 1

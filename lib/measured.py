@@ -151,12 +151,12 @@ def measured(experiment, row, seed, keys, folder):
     about, trained = json.loads(read_utf8(folder / "config.json")), experiment.answering_row(row)
     times, log = elapsed(folder), evaluations(folder)
     seconds = times[-1][0] if times else 0
-    speed = f"{ex.planned_tokens(experiment, trained) / seconds:.0f}" if seconds else ""
+    tokens_per_s = f"{ex.planned_tokens(experiment, trained) / seconds:.0f}" if seconds else ""
     device = pick_device(about["train"]["device"])
     common = {
         "experiment": experiment.name, "row": row.name, "seed": seed,
         "parameters": about["parameters"], "minutes": f"{seconds / 60:.2f}" if times else "",
-        "tokens_per_s": speed, "run": ex.run_id(experiment, row),
+        "tokens_per_s": tokens_per_s, "run": ex.run_id(experiment, row),
         **origin(device, trained.checkout), "device": hardware(device),
         "dtype": about["train"]["dtype"],
         "command": f'python compare.py {shlex.quote(experiment.path)} --only="{row.name}"'}

@@ -68,10 +68,11 @@ def join_processes(device, dtype):
         torch.cuda.set_device(device)
     try:
         store, rank, world = next(dist.rendezvous("env://"))
-        if rank:  # rank 0 may prepare a large corpus for hours before it comes
-            store.wait(["rank 0 has the data"], timedelta(days=1))
+        key = "rank 0 has the data"  # for a large corpus only after hours
+        if rank:
+            store.wait([key], timedelta(days=1))
         else:
-            store.set("rank 0 has the data", "")
+            store.set(key, "")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                 rank=rank, world_size=world)
     except dist.DistError as e:
@@ -100,7 +101,7 @@ def beside_others():
                  "all of them again, with --resume")
 
 
-def check_course(config):
+def check_curriculum(config):
     """Raises ValueError where the tasks and lengths, or the pairs, of a config cannot be."""
     if config.dataset == "babilong":
         parse_tasks(config.tasks)
