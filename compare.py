@@ -28,7 +28,6 @@ from lib import experiment as ex
 from lib.config import at_least, from_dict, parse, user_errors
 from lib.device import pick_device
 from lib.experiment_tables import difference_table, experiment_table
-from lib.figure import plot
 from lib.programs import Failed, Programs, locked
 from lib.run import check_curriculum
 from train import TrainConfig
@@ -333,6 +332,7 @@ def say_what_would_be_run(jobs, config, known):
 
 def show(experiment, rows, results_dir):
     """Print the tables of an experiment, and draw its plot."""
+    from lib.figure import plot  # here, since matplotlib takes half a second
     if not rows:
         return
     current = {row.name: ex.run_id(experiment, row) for row in experiment.row}

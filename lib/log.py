@@ -2,8 +2,6 @@
 import csv
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from data.files import atomic_open, read_utf8
 
 
@@ -67,6 +65,7 @@ def is_row(cells, n):
 
 def plot_losses(log, path):
     """loss.png: the loss of each step, and what was evaluated."""
+    from matplotlib.figure import Figure  # here, since it takes half a second
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for column in log.columns:

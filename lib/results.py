@@ -14,8 +14,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from matplotlib.figure import Figure
-
 from data.babi import TASKS
 from data.babilong import parse_length
 from data.files import atomic_open, exclusive, read_utf8
@@ -209,6 +207,7 @@ def markdown(tables):
 
 def plot(tables, path):
     """A picture of average accuracy over length, a curve for each name, with 95% intervals."""
+    from matplotlib.figure import Figure  # here, since it takes half a second
     curves = list(dict.fromkeys(line.name for lines in tables.values() for line in lines))
     figure = Figure(figsize=(7, 4 + 0.22 * len(curves)), layout="constrained")
     axes = figure.subplots()

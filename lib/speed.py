@@ -4,7 +4,6 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data.files import atomic_open
@@ -108,6 +107,7 @@ def write_csv(path, rows, about):
 
 def write_plot(path, rows):
     """A panel for each comparison: medians as bars, quartiles as whiskers."""
+    from matplotlib.figure import Figure  # here, since it takes half a second
     comparisons = list(dict.fromkeys(row.what for row in rows))
     height = math.ceil(len(comparisons) / 3)
     figure = Figure(figsize=(15, 2.2 * height), layout="constrained")

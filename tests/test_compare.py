@@ -478,7 +478,7 @@ def test_a_row_whose_code_changed_is_marked_and_measured_anew_if_asked(lab, run,
     assert "mine: base, wide, asked otherwise measured with other code or flags: --again" in out
     assert "| base (as of " in out and "| base |" not in out
     before, drawn = {row["run"] for row in lab.results()}, []
-    monkeypatch.setattr(compare, "plot", lambda *args: drawn.append(args[-1]))
+    monkeypatch.setattr("lib.figure.plot", lambda *args: drawn.append(args[-1]))
     code, out, _ = run("--seeds=1", "--again", "--only=base", "--jobs=1")
     assert code == 0 and len(lab.calls()) > len(calls)
     assert "| base |" in out and "| wide (as of " in out

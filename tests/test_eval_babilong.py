@@ -15,6 +15,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import SMALL, TEXT, is_one_line
+from matplotlib.figure import Figure
 from test_gguf_tokenizer import sentencepiece_metadata, tokenizer_of
 
 import eval_babilong
@@ -807,13 +808,13 @@ def test_the_papers_rows_stand_beside_ours():
 
 def test_the_legend_hides_no_curve(tmp_path, monkeypatch):
     lines = [TableLine(f"a run with a long name {i}", {"qa1": 50}, 50, 10, 9) for i in range(12)]
-    figures, savefig = [], results.Figure.savefig
+    figures, savefig = [], Figure.savefig
 
     def keep(figure, *args, **kwargs):
         figures.append(figure)
         savefig(figure, *args, **kwargs)
 
-    monkeypatch.setattr(results.Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     plot({"0k": lines, "1k": lines[:3]}, tmp_path / "babilong.png")
     figure, = figures
     monkeypatch.undo()
@@ -834,7 +835,7 @@ def test_the_picture_is_replaced_by_a_whole_one_only(tmp_path, monkeypatch):
         f.write(b"half a pict")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(results.Figure, "savefig", savefig)
+    monkeypatch.setattr(Figure, "savefig", savefig)
     with pytest.raises(OSError):
         plot({"0k": [TableLine("x", {"qa1": 50}, 50, 10, 9)]}, path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

@@ -1,8 +1,8 @@
 """lib/speed.py: what the figures of bench.py are, and the table and sentences that they make."""
 
 import pytest
+from matplotlib.figure import Figure
 
-from lib import speed
 from lib.speed import Row, conclusion, print_rows, take_turns, write_plot
 
 
@@ -98,13 +98,13 @@ def test_an_old_file_stays_whole_where_the_new_one_cannot_be_made(monkeypatch, t
 @pytest.mark.parametrize("n", [1, 4])
 def test_plot_has_a_panel_for_each_comparison(tmp_path, monkeypatch, n):
     panels = []
-    savefig = speed.Figure.savefig
+    savefig = Figure.savefig
 
     def keep(figure, *args, **kwargs):
         panels.extend(figure.axes)
         savefig(figure, *args, **kwargs)
 
-    monkeypatch.setattr(speed.Figure, "savefig", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     found = []
     for i in range(n):
         found += rows("part", f"what {i}", a=1.0, b=2.0)
