@@ -30,14 +30,16 @@ class RMTState(NamedTuple):
 
 class RMT(LM2):
     """
-    LM2Config with memory="rmt"; mem_slots is m. `attention` means nothing here: a token never sees
-    the segment before.
+    LM2Config with memory="rmt"; mem_slots is m. A token never sees the segment before, whether
+    `attention` is window or segment.
     """
 
     def __init__(self, config):
-        """Raises ValueError on a config with another memory."""
+        """Raises ValueError on a config with another memory, or with full attention."""
         if config.memory != "rmt":
             raise ValueError(f"memory={config.memory} is not for RMT: use memory=rmt")
+        if config.attention == "full":
+            raise ValueError("attention=full is not for memory=rmt: leave it out")
         super().__init__(config)
         # the first segment's memory tokens stand among embeddings, so they are drawn alike
         first = torch.empty(config.mem_slots, config.n_embd).normal_(std=0.5)

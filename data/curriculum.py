@@ -73,7 +73,7 @@ class Length(NamedTuple):
     counted: int  # what its segments count for in the write, in tokens: more with time dilation
 
 
-def parse_course(text):
+def parse_curriculum(text):
     """
     The Lengths of "512,2k,128k/2k". 128k/2k is 2,000 tokens that count as 128,000, see `dilation`.
     Raises ValueError.
@@ -91,9 +91,9 @@ def parse_course(text):
     return lengths
 
 
-def course_of(config):
+def curriculum_of(config):
     """The Lengths of a TrainConfig. Raises ValueError, also where its memory cannot dilate time."""
-    lengths = parse_course(config.lengths)
+    lengths = parse_curriculum(config.lengths)
     dilated = any(length.counted > length.tokens for length in lengths)
     if dilated and (config.memory, config.mem_write) != ("lm2", "attend"):
         raise ValueError(f"lengths={config.lengths} has time dilation, which needs memory=lm2 and "
@@ -282,7 +282,7 @@ def open_stories(config, tokenizer=None):
     The Stories of a TrainConfig. tokenizer: that of a run which goes on; it is then used instead of
     a new one. Raises ValueError or OSError, one line that says what to do.
     """
-    tasks, lengths = parse_tasks(config.tasks), course_of(config)
+    tasks, lengths = parse_tasks(config.tasks), curriculum_of(config)
     found = read_text(config.corpus)
     train, val = split(found.text)
     if not tokenizer:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.babilong import parse_tasks
 from data.corpus import open_corpus
-from data.curriculum import course_of, open_stories
+from data.curriculum import curriculum_of, open_stories
 from data.pairs import open_pairs, parse_numbers
 from data.text import check_length, is_corpus, open_text
 from lib import checkpoint
@@ -105,7 +105,7 @@ def check_curriculum(config):
     """Raises ValueError where the tasks and lengths, or the pairs, of a config cannot be."""
     if config.dataset == "babilong":
         parse_tasks(config.tasks)
-        course_of(config)
+        curriculum_of(config)
     if config.dataset == "pairs":
         parse_numbers(config.pairs)
 

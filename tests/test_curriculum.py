@@ -21,7 +21,7 @@ from data.curriculum import (
     Stories,
     dilation,
     open_stories,
-    parse_course,
+    parse_curriculum,
     right_answers,
     tokenizer_text,
     training_batch,
@@ -60,7 +60,8 @@ def stories():
     train, val = split(TEXT)
     tokenizer = make_tokenizer("char", tokenizer_text(TEXT), 0)
     train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
-    return lambda lengths: Stories(["qa1", "qa6"], parse_course(lengths), train, val, tokenizer, {})
+    return lambda lengths: Stories(["qa1", "qa6"], parse_curriculum(lengths), train, val, tokenizer,
+                                   {})
 
 
 # --- Batches

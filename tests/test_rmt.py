@@ -149,9 +149,11 @@ def test_initial_memory_is_drawn_like_an_embedding_and_adamw_takes_it():
     assert adam | muon == {id(p) for p in model.parameters()}
 
 
-def test_a_config_for_another_memory_is_refused():
-    with pytest.raises(ValueError, match="memory=none"):
-        RMT(LM2Config(vocab_size=13, memory="none"))
+@pytest.mark.parametrize("kwargs", [dict(memory="none"), dict(attention="full")], ids=str)
+def test_a_config_of_another_model_is_refused(kwargs):
+    (name, value), = kwargs.items()
+    with pytest.raises(ValueError, match=f"^{name}={value} is not for"):
+        RMT(LM2Config(**(dict(vocab_size=13, memory="rmt") | kwargs)))
 
 
 def test_learns_to_recall_a_token_of_the_segment_before():
