@@ -130,11 +130,11 @@ def wide(x):
 
 def rope_angles(pos, length, config, device):
     """Rotary angles of the positions from pos on: cos and sin, (length, 1, hs) each; sin is
-    negative in its first half, see `rotate`. In float64, so that they are exact at any position."""
+    negative in its first half, see `rotate`. In float64: exact at any position. Llama 3's scaling:
+    what turns at most once in rope_context slows by rope_factor, what turns 4 times does not."""
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     arange = partial(torch.arange, dtype=torch.float64, device=where)
     frequencies = config.rope_theta ** (-arange(0, config.head_dim, 2) / config.head_dim)
-    # Llama 3's scaling slows what turns once or less in rope_context, and not what turns 4 times
     turns = config.rope_context * frequencies / (2 * math.pi)
     slowed = ((4 - turns) / 3).clamp(0, 1)
     frequencies = frequencies * (1 - slowed * (1 - 1 / config.rope_factor))

@@ -143,7 +143,7 @@ def setup():
 
 
 def learning_rate_factor(step, config):
-    """What both learning rates are multiplied with: linear warm-up, linear decay to min_lr."""
+    """Linear warm-up, from 1 / (warmup_iters + 1), times linear decay from step 0 to min_lr."""
     lowest = config.min_lr / config.learning_rate if config.learning_rate else 0.0
     left = max(0.0, 1 - step / (config.lr_decay_iters or config.max_iters))
     return min(1.0, (step + 1) / (config.warmup_iters + 1)) * (lowest + (1 - lowest) * left)

@@ -52,7 +52,8 @@ class RMT(LM2):
     def run(self, x, rope, layers):
         """
         A stretch of a segment through the whole stack, after the positions whose keys and values
-        are in `layers`. x (B, n, D), rope the angles of the whole [read ; text ; write]
+        are in `layers`; causal, but read tokens see each other. x (B, n, D), rope the angles of the
+        whole [read ; text ; write]
         -> normed outputs (B, n, D), the new `layers`
         """
         start = layers[0][0].size(1) if layers else 0

@@ -47,6 +47,24 @@ for folder, args in json.load(sys.stdin).items():
         os._exit(pytest.main(["-n0", "-p", "no:cacheprovider", "--junitxml=report.xml", *args]))
     os.wait()
 """
+# of each assignment a wrong solution that looks right: what it has instead of what
+WRONG = {
+    "rotary positions": [("1 - slowed * (1 - 1 / config.rope_factor)", "1")],
+    "attention in a sliding window": [  # only full attention asks for the mask from outside
+        ("def causal_mask(", "def own_mask("), ("causal_mask(n_first", "own_mask(n_first"),
+        ("causal_mask(T", "own_mask(T")],
+    "memory: read": [("self.w_out(E_mem).sigmoid()", "torch.ones_like(E_mem)")],
+    "memory: gates": [("-log_gR.expm1() / (-z).sigmoid()",
+                       "(1 - log_gR.exp()) / (1 - g_forget).clamp(min=1e-6)")],
+    "memory: write": [("self.gates(C, C, repeats)", "self.gates(C, C)")],
+    "from segments to a stream": [("return self.output_gate(E_mem) * E_mem,",
+                                   "return torch.zeros_like(h),")],
+    "sampling": [("x, state = step(token[:, None], state)",
+                  "idx = torch.cat((idx, token[:, None]), 1); x, state = self.features(idx)")],
+    "a recurrent rival: RMT": [("rope, layers)\n            skip", "rope, [])\n            skip")],
+    "learning rate": [("max(0.0, 1 - step / (config.lr_decay_iters or config.max_iters))",
+                       "1 - step / (config.lr_decay_iters or config.max_iters)")],
+}
 each_assignment = pytest.mark.parametrize("assignment", ASSIGNMENTS, ids=lambda a: a.title)
 
 
@@ -128,6 +146,23 @@ def tried(checkout):
 
 
 @pytest.fixture(scope="module")
+def mistaken(tried, checkout):
+    """The Outcome of the tests that guide, for each wrong solution: {title: Outcome}"""
+    folders = {}
+    for assignment in ASSIGNMENTS:
+        folders[handed_out(assignment, checkout)] = assignment.pytest_args
+        text = (REPO / assignment.file).read_text(encoding="utf-8")
+        for right, wrong in WRONG[assignment.title]:
+            assert text.count(right) == 1
+            text = text.replace(right, wrong)
+        (handed_out(assignment, checkout) / assignment.file).write_text(text, encoding="utf-8")
+    outcomes = run_guides(folders)
+    for assignment in ASSIGNMENTS:
+        shutil.copy(REPO / assignment.file, handed_out(assignment, checkout) / assignment.file)
+    return {assignment.title: outcome for assignment, outcome in zip(ASSIGNMENTS, outcomes)}
+
+
+@pytest.fixture(scope="module")
 def solved(tried, checkout):
     """The Outcome of all tests that guide, in a hand-out with its bodies put back."""
     return try_solved(handed_out(ASSIGNMENTS[0], checkout))
@@ -163,6 +198,13 @@ def test_put_back_all_tests_that_guide_pass(assignment, tried, solved):
     guided = tried[assignment.title].outcome.tests
     found = {test: solved.tests.get(test, "did not run") for test in guided}
     assert found and not any(found.values()), solved.note
+
+
+@each_assignment
+def test_a_wrong_solution_that_looks_right_does_not_pass(assignment, mistaken):
+    outcome = mistaken[assignment.title]
+    assert outcome.tests and not outcome.note
+    assert any(outcome.tests.values()), "all tests that guide pass"
 
 
 @each_assignment

@@ -164,6 +164,16 @@ def test_cached_generate_equals_recomputing(kwargs):
     assert torch.equal(fast, idx)
 
 
+@torch.no_grad()
+def test_generate_reads_each_token_once(monkeypatch):
+    model, read = make_small(), []
+    features = model.features
+    monkeypatch.setattr(model, "features", lambda idx, state=None: (
+        read.append(idx.size(1)), features(idx, state))[1])
+    model.generate(tokens(2, 17 * T + 3), 3 * T)
+    assert read == [16 * T, T + 3] + [1] * (3 * T - 1)
+
+
 @pytest.mark.parametrize("kwargs", [*WRITES, dict(attention="segment"),
                                     dict(memory="none", n_kv_head=1)], ids=str)
 def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):

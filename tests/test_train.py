@@ -107,8 +107,11 @@ def test_learning_rate_warms_up_and_decays():
     factors = [learning_rate_factor(step, config) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[100] == pytest.approx(0.1)
     assert max(factors) == factors[9] and factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[4] == pytest.approx(0.5 * (1 - 0.9 * 4 / 100)), "warm-up times decay"
     longer = TrainConfig(max_iters=50, lr_decay_iters=200)
     assert learning_rate_factor(100, longer) == pytest.approx(0.5)
+    shorter = replace(config, max_iters=200, lr_decay_iters=100)
+    assert learning_rate_factor(150, shorter) == pytest.approx(0.1), "min_lr from there on"
 
 
 class Numbered:
