@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -98,11 +99,12 @@ def write_run(config, llama, source):
         "data": {"source": source, "sha256": sha256_of_weights(llama.path)},
         "parameters": n_parameters,
     }
-    for name in checkpoint.FILES:  # of a run that is replaced nothing stays
-        (out_dir / name).unlink(missing_ok=True)
-    write_json(out_dir / "config.json", about)
-    write_json(out_dir / "tokenizer.json", llama.tokenizer.to_json())
-    checkpoint.save(out_dir / "best.pt", model, step=0, tokenizer_sha256=digest(llama.tokenizer))
+    with checkpoint.written(out_dir / "best.pt", model, step=0,
+                            tokenizer_sha256=digest(llama.tokenizer)):
+        for name in checkpoint.FILES:  # of a run that is replaced nothing stays
+            (out_dir / name).unlink(missing_ok=True)
+        write_json(out_dir / "config.json", about)
+        write_json(out_dir / "tokenizer.json", llama.tokenizer.to_json())
     return model
 
 
@@ -124,7 +126,7 @@ def main():
                   for p in block.memory.parameters())
     n_decoder = sum(p.numel() for p in model.parameters()) - n_banks
     print(f"{source}: {n_decoder:,} parameters, and {n_banks:,} in {model.config.n_banks} banks\n"
-          f"the run is in {out_dir}: python sample.py --out_dir={out_dir} "
+          f"the run is in {out_dir}: python sample.py --out_dir={quote(str(out_dir))} "
           '--start="The capital of France is"')
 
 

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,8 @@ class TrainConfig(LM2Config):
                  "advance_at", "num_workers")
         below(self, 1, "momentum", "rehearse")
         below(self, 100, "num_workers")
+        below(self, 1e30, "learning_rate", "adam_lr", "weight_decay")  # float32 ends soon after
+        at_least(self, self.min_lr, "learning_rate")  # which falls to it
         for name in ("dataset", "corpus"):  # the run may be resumed from another folder
             value = getattr(self, name)
             if not value.strip():
@@ -129,14 +132,10 @@ def setup():
         if world > 1:
             device, dtype = run.join_processes(device, dtype)
         data = data or run.open_data(config, tokenizer)
-        vocab_size = data.tokenizer.n_vocab
-        if "vocab_size" in given and config.vocab_size != vocab_size:
-            raise ValueError(f"vocab_size={config.vocab_size} does not fit tokenizer "
-                             f"{config.tokenizer}, which has {vocab_size} tokens for this text: "
-                             "leave it out, or use --tokenizer=bpe")
-        config = replace(config, vocab_size=vocab_size, dtype=dtype)
+        run.check_vocab_size(config, given, data.tokenizer)
+        config = replace(config, vocab_size=data.tokenizer.n_vocab, dtype=dtype,
+                         compile=pick_compile(config.compile, device))
         run.check_memory(config, device)
-        config = replace(config, compile=pick_compile(config.compile, device))
         if config.match_params and not config.resume:
             config = replace(config, mlp_ratio=run.matched_mlp_ratio(config, device))
     return config, data, device, rank, world
@@ -224,6 +223,7 @@ def main():
             raw_model.load_state_dict(run.initial_weights(config))
         log = Log(out_dir / "log.csv", data.columns, step)
         checkpoint.make_folder(out_dir, 40 * n_parameters + 2_000_000)  # ckpt.pt twice, best.pt
+        lock = master and run.locked(out_dir)
     model = torch.compile(raw_model) if config.compile else raw_model
     if world > 1:
         # with one segment, or a short story, nothing reads what was written: no gradient there
@@ -250,16 +250,17 @@ def main():
             check_finite([raw_model(x, y, repeats=repeats)[1].item()])
         if not master:
             return
-        while replaced:  # of a run that is replaced nothing stays
-            replaced.pop().unlink(missing_ok=True)
         about = {"train": asdict(config), "data": data.meta, "parameters": n_parameters,
                  "processes": world}
-        write_json(out_dir / "config.json", about)
-        write_json(out_dir / "tokenizer.json", data.tokenizer.to_json())
-        checkpoint.save(out_dir / "ckpt.pt", raw_model, step=step, best_val_loss=best_val_loss,
-                        optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                        progress=data.progress, sha256=data.meta["sha256"],
-                        tokenizer_sha256=tokenizer_sha256)
+        with checkpoint.written(
+                out_dir / "ckpt.pt", raw_model, step=step, best_val_loss=best_val_loss,
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                progress=data.progress, sha256=data.meta["sha256"],
+                tokenizer_sha256=tokenizer_sha256):
+            while replaced:  # of a run that is replaced nothing stays
+                replaced.pop().unlink(missing_ok=True)
+            write_json(out_dir / "config.json", about)
+            write_json(out_dir / "tokenizer.json", data.tokenizer.to_json())
 
     stop = run.Stop(device, world)
     tokens_per_step = (config.batch_size * config.n_segments * config.block_size
@@ -331,7 +332,7 @@ def main():
 
     if master and not finished:
         print(f"stopped at step {step}, saved in {out_dir}: go on with --resume "
-              f"--out_dir={out_dir}")
+              f"--out_dir={quote(str(out_dir))}")
     elif master:
         save()
         log.add(**row)
@@ -341,9 +342,8 @@ def main():
               f"{best_val_loss:.4f}) writes:\n{data.example(raw_model.eval(), device)}\n\n"
               f"checkpoint {out_dir}/ckpt.pt (last) and {out_dir}/best.pt, log {out_dir}/log.csv, "
               f"loss curve {out_dir}/loss.png\n"
-              f"more text: python sample.py --out_dir={out_dir}")
-    if world > 1:
-        dist.destroy_process_group()
+              f"more text: python sample.py --out_dir={quote(str(out_dir))}")
+    run.leave(lock, world)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ Checkpoints. The folder of a run holds
     ckpt.pt         the last step, with the optimizers: train.py --resume goes on from it
     best.pt         the best weights (of stories the last ones): what the other programs load
     config.json     how it was trained;  tokenizer.json;  log.csv;  loss.png
+    .lock           held by the train.py that writes the run
 All of it loads as tensors or as JSON: opening somebody's checkpoint runs no code.
 
     model, tokenizer, config = checkpoint.load("out/shakespeare")
@@ -10,7 +11,7 @@ All of it loads as tensors or as JSON: opening somebody's checkpoint runs no cod
 import json
 import os
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,13 +33,22 @@ def make_model(config):
     return RMT(config) if config.memory == "rmt" else LM2(config)
 
 
-def save(path, model, **more):
+@contextmanager
+def written(path, model, **more):
     """
-    Write a model, its LM2Config and whatever else a checkpoint is to hold. Killed at any moment,
-    the old file stays whole.
+    Write a model, its LM2Config and whatever else a checkpoint is to hold; at the end of the block
+    it appears under its name. Killed at any moment, the old file stays whole.
     """
     with atomic_open(path) as f:
         torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **more}, f)
+        f.flush()  # no room is noticed here
+        yield
+
+
+def save(path, model, **more):
+    """`written`, with nothing to do in the block."""
+    with written(path, model, **more):
+        pass
 
 
 def load_file(path, keys=None):

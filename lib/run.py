@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data.babilong import parse_tasks
 from data.corpus import open_corpus
 from data.curriculum import curriculum_of, open_stories
+from data.files import fcntl
 from data.pairs import open_pairs, parse_numbers
 from data.text import check_length, is_corpus, open_text
 from lib import checkpoint
@@ -101,6 +102,14 @@ def beside_others():
                  "all of them again, with --resume")
 
 
+def leave(lock, world):
+    """The end of a run: others may write into its folder (`locked`), this process leaves them."""
+    if lock:
+        lock.close()
+    if world > 1:
+        dist.destroy_process_group()
+
+
 def check_curriculum(config):
     """Raises ValueError where the tasks and lengths, or the pairs, of a config cannot be."""
     if config.dataset == "babilong":
@@ -108,6 +117,29 @@ def check_curriculum(config):
         curriculum_of(config)
     if config.dataset == "pairs":
         parse_numbers(config.pairs)
+
+
+def check_vocab_size(config, given, tokenizer):
+    """Raises ValueError where the user gave a vocab_size that is not the tokenizer's."""
+    if "vocab_size" in given and config.vocab_size != tokenizer.n_vocab:
+        raise ValueError(f"vocab_size={config.vocab_size} does not fit tokenizer "
+                         f"{config.tokenizer}, which has {tokenizer.n_vocab} tokens for this text: "
+                         "leave it out, or use --tokenizer=bpe")
+
+
+def locked(out_dir):
+    """
+    A run is for one train.py at a time -> its lock, an open file: others have to wait until it is
+    closed. Raises ValueError where another one has it.
+    """
+    lock = open(Path(out_dir) / ".lock", "w", encoding="utf-8")
+    try:
+        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.close()
+        raise ValueError(f"another train.py writes the run in {out_dir}: wait for it, or use "
+                         "another --out_dir") from None
+    return lock
 
 
 def open_data(config, tokenizer=None):
@@ -160,6 +192,9 @@ def resumed(config, given, world):
     try:
         saved = from_dict(type(config), about["train"])
     except ValueError as e:
+        if not Path(config.out_dir, "ckpt.pt").exists():  # pretrained.py makes none
+            raise ValueError(f"{config.out_dir} has no ckpt.pt to go on from: begin a run with its "
+                             f"weights, --init_from={config.out_dir}") from None
         raise ValueError(f"{config.out_dir}/config.json is damaged or of another version ({e}): "
                          "copy it again, or train a new run") from None
     for name in given - RESUMABLE:
@@ -204,7 +239,8 @@ def restore(config, data, model, optimizers):
                          "copy it again, or train a new run") from None
     if not best.exists():  # then the next evaluation is the best one
         return found["step"], math.inf
-    checkpoint.load_file(best)  # the end of the run needs it
+    # the end of the run needs it
+    checkpoint.check_same_run(best, checkpoint.load_file(best), vars(config), data.tokenizer)
     return found["step"], found["best_val_loss"]
 
 
@@ -229,7 +265,8 @@ def check_memory(config, device):
     if needed >= there:
         raise ValueError(f"the model and a batch of {n_tokens:,} tokens need at least "
                          f"{needed / 1e9:,.0f} GB of memory, {device} has {there / 1e9:,.0f}: use "
-                         "a smaller n_layer, n_embd, block_size, n_segments or batch_size")
+                         "a smaller n_layer, n_embd, mlp_ratio, block_size, n_segments, "
+                         "batch_size or eval_iters")
 
 
 def leave_group(worker):
@@ -249,8 +286,13 @@ def matched_mlp_ratio(config, device):
     hidden = model.blocks[0].mlp.w_up.out_features
     missing = wanted - sum(p.numel() for p in model.parameters())
     # an MLP has three matrices of this width, and their width is a multiple of 8
-    hidden += 8 * round(missing / (3 * config.n_embd * config.n_layer) / 8)
-    ratio = (hidden - 4) / config.n_embd  # it is rounded up to that multiple
+    more = 8 * round(missing / (3 * config.n_embd * config.n_layer) / 8)
+    if more and config.init_from:
+        raise ValueError(f"match_params={said} asks for {wanted:,} parameters, init_from="
+                         f"{config.init_from} has {wanted - missing:,}: leave one of them out")
+    hidden += more
+    # it is rounded up to that multiple
+    ratio = (hidden - 4) / config.n_embd if more else config.mlp_ratio
     found = 0
     if hidden > 0:
         config = replace(config, mlp_ratio=ratio)
@@ -284,7 +326,7 @@ def begun_from(config, given):
         raise ValueError(f"init_from={config.init_from} does not fit: {e}") from None
     if config.freeze and not config.n_banks:
         raise ValueError(f"freeze={config.freeze} leaves nothing to train, as there is no bank: "
-                         "leave it out, or give --memory=lm2 --mem_layers=-1")
+                         "leave it out, or begin with a run that has banks")
     return config, tokenizer
 
 

@@ -132,7 +132,9 @@ def test_a_run_is_named_after_its_model():
 
 
 @pytest.mark.parametrize("args, named", [
-    (["--init_from=LLAMA"], "python pretrained.py"), (["--freeze=decoder"], "--init_from"),
+    (["--init_from=LLAMA"], "python pretrained.py"),
+    (["--resume", "--out_dir=out/tiny"], "--init_from=out/tiny"),
+    (["--freeze=decoder"], "--init_from"),
     (["--init_from=out/tiny", "--tokenizer=bpe"], "tokenizer=bpe"),
     (["--init_from=out/tiny", "--freeze=banks"], "freeze=banks")], ids=str)
 def test_training_refuses_what_does_not_fit_in_one_line(call, run, args, named):

@@ -215,6 +215,14 @@ def test_an_mlp_is_widened_to_the_size_of_a_run(tmp_path, memory):
     assert run.matched_mlp_ratio(by_number, CPU) == matched.mlp_ratio
 
 
+def test_a_run_to_begin_with_has_the_size_it_has(tmp_path):
+    config = saved_run(tmp_path, init_from=str(tmp_path), match_params=str(tmp_path))
+    assert run.matched_mlp_ratio(config, CPU) == config.mlp_ratio
+    other = replace(config, match_params="90000")
+    with pytest.raises(ValueError, match="asks for 90,000 parameters, init_from=.* leave one of"):
+        run.matched_mlp_ratio(other, CPU)
+
+
 @pytest.mark.parametrize("parameters", [0, 1, 10 ** 15])
 def test_a_size_that_no_mlp_gives_is_refused(tmp_path, parameters):
     config = replace(saved_run(tmp_path), match_params=str(tmp_path), n_layer=1)

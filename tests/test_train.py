@@ -27,7 +27,7 @@ from eval_babilong import EvalConfig
 from lib import checkpoint
 from lib.config import from_dict, parse
 from lib.llama import shape_of
-from lib.run import Stop
+from lib.run import Stop, locked
 from lm2 import LM2
 from sample import SampleConfig
 from train import TrainConfig, batches, learning_rate_factor
@@ -52,7 +52,8 @@ def copy(checkout, run):
 
 
 def contents(folder):
-    return {f.name: f.read_bytes() for f in folder.iterdir()} if folder.is_dir() else {}
+    found = {f.name: f.read_bytes() for f in folder.iterdir()} if folder.is_dir() else {}
+    return {name: found[name] for name in found if name != ".lock"}
 
 
 def rows(checkout, out_dir):
@@ -76,7 +77,7 @@ def wait_for(condition, process, seconds=60):
 
 def test_run_leaves_its_files_and_ends_with_text_and_their_paths(checkout, run):
     folder = checkout.folder / "out/whole"
-    assert {f.name for f in folder.iterdir()} == set(checkpoint.FILES)
+    assert set(contents(folder)) == set(checkpoint.FILES)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "play.txt (sha256 " in run and "writes:" in run
     assert all(f"out/whole/{name}" in run for name in ("loss.png", "ckpt.pt", "best.pt"))
@@ -391,7 +392,19 @@ def test_overwrite_with_a_model_that_cannot_begin_keeps_the_old_run(call, copy, 
     assert contents(copy) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "ckpt.pt"])
+@pytest.mark.parametrize("args", [["--resume", "--max_iters=10"], ["--overwrite"]], ids=str)
+def test_a_run_that_another_train_py_writes_is_left_to_it(call, copy, args):
+    before, lock = contents(copy), locked(copy)
+    args = ["--dataset=play.txt", "--out_dir=out/copy", *SMALL, *args]
+    code, _, err = call("train.py", *args)
+    assert is_one_line(code, err, "another train.py writes the run in out/copy")
+    assert contents(copy) == before
+    lock.close()
+    code, _, err = call("train.py", *args)
+    assert code == 0 and contents(copy) != before, err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_overwrite_that_dies_while_it_saves_leaves_no_mixed_run(checkout, call, copy, name):
     def atomic_open(path, *args, **kwargs):
         if path.name == name:
@@ -424,8 +437,8 @@ def test_a_checkpoint_is_saved_before_the_evaluation(checkout):
 @pytest.mark.parametrize("interval", [1, 20])
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(checkout, call, interval):
     code, _, _ = call("train.py", "--dataset=play.txt", "--out_dir=out/nan", *SMALL, "--overwrite",
-                      "--max_iters=20", f"--eval_interval={interval}", "--learning_rate=1e38",
-                      "--adam_lr=1e38", "--grad_clip=0")
+                      "--max_iters=20", f"--eval_interval={interval}", "--learning_rate=1e29",
+                      "--adam_lr=1e29", "--grad_clip=0")
     assert re.search(r"step [1-3]: the loss is not finite; out/nan keeps .* lower --learning_rate",
                      code)
     assert step_of(checkout.folder / "out/nan") == 0, "later weights give no finite loss"
@@ -482,16 +495,17 @@ def test_a_full_disk_is_told_before_work_is_done(checkout, call):
     assert contents(checkout.folder / "out/full") == {}
 
 
-def test_a_disk_that_fills_up_costs_no_file(checkout, copy):
-    before = (copy / "ckpt.pt").read_bytes()
+@pytest.mark.parametrize("args", [["--resume", "--max_iters=10"], ["--overwrite", *SMALL]],
+                         ids=["resume", "overwrite"])
+def test_a_disk_that_fills_up_costs_no_file(checkout, copy, args):
+    before = contents(copy)
     limited = ("import resource, runpy, sys; sys.argv = sys.argv[1:];"
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
                "runpy.run_path('train.py', run_name='__main__')")
-    code, _, err = checkout.run("-c", limited, "train.py", "--resume", "--out_dir=out/copy",
-                                "--max_iters=10")
+    code, _, err = checkout.run("-c", limited, "train.py", "--dataset=play.txt",
+                                "--out_dir=out/copy", *args)
     assert is_one_line(code, err, "out/copy/ckpt.pt")
-    assert (copy / "ckpt.pt").read_bytes() == before
-    assert {f.name for f in copy.iterdir()} == set(checkpoint.FILES), "nothing is left aside"
+    assert contents(copy) == before, "and nothing is left aside"
 
 
 # --- Nothing derived is trusted unchecked
@@ -615,6 +629,9 @@ DAMAGES = {
         edited("ckpt.pt", without(0, "optimizers")), "ckpt.pt"),
     "ckpt.pt with a step that is no number": (
         edited("ckpt.pt", lambda found: found.update(step="8")), "step"),
+    "best.pt of another model": (
+        edited("best.pt", lambda found: found["model_config"].update(mlp_ratio=9.0)),
+        "best.pt has mlp_ratio=9.0"),
     "best.pt damaged": (truncated("best.pt"), "best.pt is damaged"),
     "config.json missing": (lambda folder: (folder / "config.json").unlink(), "no run to resume"),
     "config.json truncated": (truncated("config.json"), "config.json is damaged"),
@@ -693,7 +710,9 @@ def test_no_number_is_nan_infinite_or_too_long(name):
     (["--device=meta"], "device=meta"), (["--dtype=int8"], "dtype=int8"),
     (["--config=no.toml"], "no.toml"), (["--resume"], "no run to resume"),
     (["--learning_rate=-1"], "learning_rate=-1"), (["--momentum=1"], "momentum=1"),
-    (["--rehearse=1.5"], "rehearse=1.5"), (["--num_workers=-1"], "num_workers=-1"),
+    (["--min_lr=1"], "learning_rate=0.025 must be at least 1.0"),
+    (["--learning_rate=1e300"], "learning_rate=1e+300"), (["--rehearse=1.5"], "rehearse=1.5"),
+    (["--num_workers=-1"], "num_workers=-1"),
     (["--num_workers=1000000"], "num_workers=1000000"), (["--seed=-1"], "seed=-1"),
     (["--out_dir=play.txt"], "out_dir=play.txt"),
     (["--out_dir=play.txt/run"], "out_dir=play.txt/run"),
