@@ -54,6 +54,9 @@ from lib.speed import conclusion, print_rows, take_turns, write_csv, write_plot
 from lm2 import LM2, LM2Config
 
 BENCHMARKS = ("training", "generation", "reading", "data")
+OF_PARTS = {"max_length": ("generation", "reading"), "nanogpt": ("training", "generation"),
+            "transformers": ("training",), "compile": ("training", "generation"),
+            "corpus": ("data",)}  # flags, and what they are for
 SIZES = {
     "cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
             dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -94,12 +97,11 @@ class BenchConfig:
         at_least(self, 1, "repeats", "max_length")
         if self.profile and self.soak:
             raise ValueError("--profile and --soak exclude each other: choose one")
-        if self.transformers and (self.profile or self.soak or "training" not in self.benchmarks):
-            raise ValueError("--transformers names a rival in training: leave it out, or measure "
-                             "--parts=training")
-        if self.compile and (self.profile or self.soak):
-            raise ValueError("--compile is for training and generation: leave it out with "
-                             "--profile and --soak")
+        measured = set() if self.profile or self.soak else set(self.benchmarks)
+        for name, parts in OF_PARTS.items():
+            if getattr(self, name) != getattr(BenchConfig, name) and not measured & set(parts):
+                raise ValueError(f"--{name} is for {' and '.join(parts)}: leave it out, or measure "
+                                 f"--parts={','.join(parts)}")
         if self.csv and Path(self.csv).resolve() == Path(self.plot).resolve():
             raise ValueError(f"csv={self.csv} and plot={self.plot} are one file: name two")
         if (self.profile or self.soak) and (self.csv or self.plot):
@@ -145,11 +147,13 @@ def check_writable(config):
 def open_haystack(corpus):
     """The beginning of a text as a Haystack, and its tokenizer. Raises ValueError, OSError."""
     text = read_text(corpus).text[:200_000]
+    short = f"corpus={corpus} is too short: name a text of more than {DATA_LENGTH} tokens"
+    if len(text) <= DATA_LENGTH:  # a token has a character at least; bpe may need more of them
+        raise ValueError(short)
     tokenizer = make_tokenizer("bpe", tokenizer_text(text), VOCAB)
     haystack = Haystack(text, tokenizer)
     if len(haystack.ids) <= DATA_LENGTH:
-        raise ValueError(f"corpus={corpus} has {len(haystack.ids)} tokens: "
-                         f"name a text of more than {DATA_LENGTH}")
+        raise ValueError(short)
     return haystack, tokenizer
 
 

@@ -52,7 +52,8 @@ class CompareConfig:
 
     def __post_init__(self):
         at_least(self, 0, "jobs")
-        if not (self.experiments or self.write):
+        of_one = self.only or self.seeds or self.again or self.dry_run
+        if not self.experiments and (of_one or not self.write):
             raise ValueError("no experiment is named: python compare.py experiments/qa1.toml")
         for seed in listed(self.seeds):
             if not seed.isdecimal():
@@ -110,8 +111,7 @@ class Job:
     def seconds(self, known):
         """
         Of training and of asking: as long as the row took before, {(experiment, row): seconds}, or
-        as its tokens take at the pace of the slowest row that is known, of small models for want of
-        one.
+        as its tokens take at the pace of the slowest row that is known, or of small models.
         """
         before = {row.name: known[self.experiment.name, row.name] for row in self.experiment.row
                   if not row.run_of and (self.experiment.name, row.name) in known}
@@ -138,13 +138,15 @@ def check_train_flags(experiment, row):
     flags = {"init_from": "run"} if row.init_from else {}
     flags |= {name: value for name, value in ex.flags_of(row.flags).items()
               if name not in brought and value not in brought}
-    check_curriculum(from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags))
+    config = from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags)
+    check_curriculum(config)
+    if experiment.cells(row) and config.dataset != "babilong":
+        raise ValueError(f"dataset={config.dataset} has no questions to ask: leave out ask")
 
 
 def check_flags(experiment):
     """
-    Raises ValueError where train.py or eval_babilong.py would refuse the flags of a row: now, and
-    not hours later. What another checkout refuses is not known here.
+    Raises ValueError where train.py or eval_babilong.py of this checkout would refuse flags later.
     """
     for row in experiment.row:
         try:
@@ -344,6 +346,7 @@ def show(experiment, rows, results_dir):
     print(f"\n{path.with_suffix('.csv')}, {path}")
 
 
+@user_errors(OSError)
 def main():
     config, _ = parse(CompareConfig, __doc__)
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a shell's background job ignores Ctrl-C

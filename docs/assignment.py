@@ -163,6 +163,7 @@ def hand_out(assignment, folder):
 
 # --- The program
 
+@user_errors(OSError)
 def main():
     config, _ = parse(AssignmentConfig, __doc__)
     with user_errors():

@@ -129,6 +129,9 @@ def read_json(path):
 
 def open_folder(folder):
     """The Llama in a folder. Raises ValueError or OSError."""
+    if (folder / "best.pt").exists():
+        raise ValueError(f"{folder} is a run already: train.py --init_from={folder} and the other "
+                         "programs take it as it is")
     shape = shape_of(read_json(folder / "config.json"), folder / "config.json")
     description, n_vocab = read_json(folder / "tokenizer.json"), shape["vocab_size"]
     try:

@@ -35,13 +35,16 @@ def read_results(path, columns=COLUMNS):
     reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
     try:
         rows = list(reader)
-        if columns and tuple(reader.fieldnames or ()) != columns:
+        there = reader.fieldnames or ()
+        if tuple(there) != columns if columns else not {"row", "seed", "step"} <= set(there):
             raise ValueError("other columns than this program writes")
         for row in rows:
             if None in row or None in row.values():
                 raise ValueError("a row of another length")
             int(row["seed"]), int(row.get("n") or 0)
-            [float(row.get(name) or 0) for name in ("minutes", "parameters", "value")]
+            for name in ("minutes", "parameters", "value"):
+                if not 0 <= float(row.get(name) or 0) < math.inf:
+                    raise ValueError(f"{name}={row[name]}")
             parse_length(row["length"]) if columns and row["length"] else None
     except (ValueError, KeyError, csv.Error) as e:
         raise ValueError(f"{path} is damaged or foreign ({e}): mend it, or move it away") from None

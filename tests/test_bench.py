@@ -236,9 +236,13 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     (["--max_length=0"], "max_length=0 must be at least 1"),
     (["--max_length=-5"], "max_length=-5 must be at least 1"),
     (["--corpus=nowhere"], "nowhere"),
-    (["--corpus=short.txt"], "corpus=short.txt has"),
-    (["--nanogpt=nowhere"], "nanogpt=nowhere"),
-    (["--nanogpt=data"], "nanogpt=data"),
+    (["--corpus=short.txt"], "corpus=short.txt is too short"),
+    (["--corpus=ones.txt"], "corpus=ones.txt is too short"),
+    (["--parts=data,training", "--nanogpt=nowhere"], "nanogpt=nowhere"),
+    (["--parts=data,training", "--nanogpt=data"], "nanogpt=data"),
+    (["--nanogpt=data"], "--nanogpt is for training and generation"),
+    (["--max_length=64"], "--max_length is for generation and reading"),
+    (["--parts=training"], "--corpus is for data"),
     (["--csv=out"], "csv=out cannot be written (it is a folder)"),
     (["--csv=play.txt/bench.csv"], "csv=play.txt/bench.csv cannot be written"),
     (["--plot=play.txt/bench.png"], "plot=play.txt/bench.png cannot be written"),
@@ -247,13 +251,15 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     (["--csv=a.csv", "--plot=./a.csv"], "one file"),
     (["--csv=play.txt"], "csv=play.txt is there, and not made by bench.py"),
     (["--plot=play.txt"], "plot=play.txt is there, and not made by bench.py"),
-    (["--profile", "--compile"], "--compile is for training and generation"),
+    (["--profile", "--compile", "--corpus=shakespeare"],
+     "--compile is for training and generation"),
     (["--profile", "--soak"], "exclude each other"),
-    (["--transformers"], "--transformers names a rival in training"),
-    (["--soak", "--csv=a.csv"], "leave them out"),
+    (["--transformers"], "--transformers is for training"),
+    (["--soak", "--csv=a.csv", "--corpus=shakespeare"], "leave them out"),
 ])
 def test_bad_input_is_refused_in_one_line(checkout, call, flags, message):
-    (checkout.folder / "short.txt").write_text((checkout.folder / "play.txt").read_text()[:900])
+    (checkout.folder / "short.txt").write_text((checkout.folder / "play.txt").read_text()[:1100])
+    (checkout.folder / "ones.txt").write_text("1")
     (checkout.folder / "out").mkdir(exist_ok=True)
     code, out, err = call("bench.py", *DATA, *flags)
     assert code == 2 and message in err and err.count("\n") == 1, err
@@ -265,6 +271,6 @@ def test_without_a_compiler_compile_is_refused_in_one_line(call, monkeypatch):
         raise RuntimeError("No working C++ compiler found")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    code, out, err = call("bench.py", *DATA, "--compile")
+    code, out, err = call("bench.py", *DATA, "--parts=data,training", "--compile")
     assert code == 2 and "compiler" in err and err.count("\n") == 1
     assert "|" not in out

@@ -3,6 +3,7 @@ compare.py: rows x seeds -> results. Rows whose `code` is a folder with two quic
 training and asking; one test runs the real ones.
 """
 import csv
+import errno
 import os
 import signal
 import subprocess
@@ -542,7 +543,11 @@ def test_bad_flags_are_refused_in_one_line(lab, run, flags, named):
 def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
     (lab.folder / "results").mkdir()
     store = lab.folder / "results/mine.csv"
-    for damage in ("experiment,row\n", "x", ",".join(measured.COLUMNS) + "\nmine,base\n"):
+    row = dict.fromkeys(measured.COLUMNS, "1") | {"length": "0k"}
+    damages = ["experiment,row\n", "x", ",".join(measured.COLUMNS) + "\nmine,base\n"]
+    damages += [f"{','.join(row)}\n{','.join((row | {'minutes': bad}).values())}\n"
+                for bad in ("nan", "inf", "-1", "x")]
+    for damage in damages:
         store.write_text(damage)
         code, _, err = run()
         assert is_one_line(code, err, "mine.csv") and store.read_text() == damage
@@ -559,11 +564,29 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
     ('flags = "--mem_slot=8"\nchange = [["lm2.py", "wide(C).tanh()", "C"]]', "mem_slot is not"),
     ('flags = "--max_iters=abc"', "max_iters=abc"),
     ('preset = "config/pairs.toml"\nflags = "--pairs=1"', "1 in pairs=1 must be a number from 2"),
+    ('flags = "--dataset=shakespeare"', "dataset=shakespeare has no questions"),
     ('ask_flags = "--ragg=10"', "ragg is not known"), ('ask_flags = "--rag=-1"', "rag=-1")])
 def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab, run, row, named):
     (lab.folder / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "a"\n{row}\n')
     code, _, err = run("--dry_run")
     assert is_one_line(code, err, named, "mine")
+
+
+@pytest.mark.parametrize("flag", ["--only=base", "--seeds=1", "--again", "--dry_run"])
+def test_what_is_of_an_experiment_needs_one(capsys, monkeypatch, flag):
+    monkeypatch.setattr("sys.argv", ["compare.py", "--write", flag])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert is_one_line(stop.value.code, capsys.readouterr().err, "no experiment is named")
+
+
+def test_what_cannot_be_printed_is_told_in_one_line(run, monkeypatch):
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compare, "print", no_room, raising=False)
+    code, _, err = run("--dry_run")
+    assert is_one_line(code, err, "No space left")
 
 
 def test_a_change_may_bring_a_flag_of_its_own(lab, run):

@@ -1,8 +1,10 @@
 """pretrained.py: a Llama becomes a run, with which the other programs work."""
+import errno
 import json
 import shutil
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -186,12 +188,12 @@ def test_without_any_source_one_line_says_what_to_do(call, checkout, monkeypatch
 
 @pytest.mark.parametrize("args, named", [
     ([], "nothing is named"), (["a", "b"], "a and b"), (["TINY", "--out_dir=TINY"], "model itself"),
-    (["no/folder"], "no/folder is not there"),
+    (["no/folder"], "no/folder is not there"), (["out/tiny", "--out_dir=out/again"], "is a run already"),
     (["TINY", "--memory=rmt"], "memory=rmt"), (["TINY", "--mem_slots=99"], "mem_slots=99"),
     (["TINY", "--mem_layers=5"], "mem_layers=5"), (["TINY", "--attention=some"], "attention=some"),
     (["TINY", "--out_dir=play.txt"], "play.txt"), (["play.txt"], "no .gguf file"),
 ], ids=str)
-def test_bad_input_is_refused_in_one_line(call, checkout, args, named):
+def test_bad_input_is_refused_in_one_line(call, run, args, named):
     args = [arg.replace("TINY", str(TINY / "grouped")) for arg in args]
     code, _, err = call("pretrained.py", *args)
     assert is_one_line(code, err, named)
@@ -203,4 +205,9 @@ def test_a_run_is_replaced_only_if_asked(call, checkout, run):
     assert is_one_line(code, err, "out/tiny", "--overwrite")
     code, _, err = call("pretrained.py", str(TINY / "plain"), "--out_dir=out/tiny", "--overwrite")
     assert is_one_line(code, err, "tokenizer.json is missing")
-    assert (run / "best.pt").read_bytes() == before
+    no_room = OSError(errno.ENOSPC, "No space left on device")
+    with patch("torch.save", side_effect=no_room):
+        code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny",
+                            "--overwrite")
+    assert is_one_line(code, err, "out/tiny/best.pt cannot be written")
+    assert (run / "best.pt").read_bytes() == before and (run / "config.json").exists()
