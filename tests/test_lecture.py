@@ -101,6 +101,8 @@ def test_all_cells_run_and_what_they_print_and_draw_is_committed(lecture):
     assert lecture.gave == {cell["id"]: committed(cell) for cell in CODE}
     assert lecture.namespace["FAR"] == FEWER["FAR"]
     assert len(lecture.namespace["losses"]) == FEWER["UPDATES"], "this test is to take seconds"
+    small = lecture.namespace["make_model"](mem_slots=1)  # as What to try has it
+    assert small.config.mem_slots == 1 and small.config.n_layer == 2
 
 
 def attention_without_a_window(q, k, v, *_):

@@ -188,7 +188,8 @@ def test_without_any_source_one_line_says_what_to_do(call, checkout, monkeypatch
 
 @pytest.mark.parametrize("args, named", [
     ([], "nothing is named"), (["a", "b"], "a and b"), (["TINY", "--out_dir=TINY"], "model itself"),
-    (["no/folder"], "no/folder is not there"), (["out/tiny", "--out_dir=out/again"], "is a run already"),
+    (["no/folder"], "no/folder is not there"),
+    (["out/tiny", "--out_dir=out/again"], "is a run already"),
     (["TINY", "--memory=rmt"], "memory=rmt"), (["TINY", "--mem_slots=99"], "mem_slots=99"),
     (["TINY", "--mem_layers=5"], "mem_layers=5"), (["TINY", "--attention=some"], "attention=some"),
     (["TINY", "--out_dir=play.txt"], "play.txt"), (["play.txt"], "no .gguf file"),
