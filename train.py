@@ -87,7 +87,9 @@ class TrainConfig(LM2Config):
         below(self, 1, "momentum", "rehearse")
         below(self, 100, "num_workers")
         below(self, 1e30, "learning_rate", "adam_lr", "weight_decay")  # float32 ends soon after
-        at_least(self, self.min_lr, "learning_rate")  # which falls to it
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
+                             "give less")
         for name in ("dataset", "corpus"):  # the run may be resumed from another folder
             value = getattr(self, name)
             if not value.strip():
@@ -120,10 +122,9 @@ def setup():
         if config.resume:
             config = run.resumed(config, given, world)
             tokenizer = checkpoint.load_tokenizer(out_dir)
-        elif any((out_dir / name).exists() for name in checkpoint.FILES) and not config.overwrite:
-            raise ValueError(f"there is a run in {out_dir}: --resume goes on with it, --overwrite "
-                             "replaces it, --out_dir goes elsewhere")
-        elif config.init_from:
+        elif not config.overwrite:
+            run.check_free(out_dir)
+        if config.init_from and not config.resume:
             config, tokenizer = run.begun_from(config, given)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
@@ -217,13 +218,12 @@ def main():
     step, best_val_loss, loader, finished = 0, math.inf, None, False
     replaced = [] if config.resume else [out_dir / name for name in checkpoint.FILES]
     with user_errors():
+        if config.init_from and not config.resume:
+            raw_model.load_state_dict(run.initial_weights(config))
+        lock = master and run.claim(config, 40 * n_parameters + 2_000_000)  # ckpt.pt twice, best.pt
         if config.resume:
             step, best_val_loss = run.restore(config, data, raw_model, optimizers)
-        elif config.init_from:
-            raw_model.load_state_dict(run.initial_weights(config))
         log = Log(out_dir / "log.csv", data.columns, step)
-        checkpoint.make_folder(out_dir, 40 * n_parameters + 2_000_000)  # ckpt.pt twice, best.pt
-        lock = master and run.locked(out_dir)
     model = torch.compile(raw_model) if config.compile else raw_model
     if world > 1:
         # with one segment, or a short story, nothing reads what was written: no gradient there

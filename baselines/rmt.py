@@ -39,7 +39,7 @@ class RMT(LM2):
         if config.memory != "rmt":
             raise ValueError(f"memory={config.memory} is not for RMT: use memory=rmt")
         if config.attention == "full":
-            raise ValueError("attention=full is not for memory=rmt: leave it out")
+            raise ValueError("attention=full is not for memory=rmt: use attention=window")
         super().__init__(config)
         # the first segment's memory tokens stand among embeddings, so they are drawn alike
         first = torch.empty(config.mem_slots, config.n_embd).normal_(std=0.5)

@@ -64,6 +64,22 @@ def exclusive(folder):
         yield
 
 
+def lock_file(path):
+    """
+    The file at path, open and locked until it is closed, where its file system has locks; None
+    where another program has the lock. Raises OSError where it cannot be opened.
+    """
+    f = open(path, "w", encoding="utf-8")
+    try:
+        fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        f.close()
+        return None
+    except OSError:  # no locks there
+        pass
+    return f
+
+
 def write_json(path, value):
     """Write a value as JSON, whole or not at all."""
     with atomic_open(path, "w", encoding="utf-8") as f:

@@ -3,7 +3,7 @@ Checkpoints. The folder of a run holds
     ckpt.pt         the last step, with the optimizers: train.py --resume goes on from it
     best.pt         the best weights (of stories the last ones): what the other programs load
     config.json     how it was trained;  tokenizer.json;  log.csv;  loss.png
-    .lock           held by the train.py that writes the run
+    .lock           held by the program that writes the run
 All of it loads as tensors or as JSON: opening somebody's checkpoint runs no code.
 
     model, tokenizer, config = checkpoint.load("out/shakespeare")
@@ -37,11 +37,12 @@ def make_model(config):
 def written(path, model, **more):
     """
     Write a model, its LM2Config and whatever else a checkpoint is to hold; at the end of the block
-    it appears under its name. Killed at any moment, the old file stays whole.
+    it appears under its name. Until the block begins, the old file stays, whatever happens.
     """
     with atomic_open(path) as f:
         torch.save({"model_config": asdict(model.config), "model": model.state_dict(), **more}, f)
-        f.flush()  # no room is noticed here
+        f.flush()
+        os.fsync(f.fileno())  # no room is noticed here at the latest
         yield
 
 

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from data.files import fcntl, read_utf8
+from data.files import fcntl, lock_file, read_utf8
 
 POLL = 1.0  # seconds between two looks at the programs that run
 # their progress bars go into a file: a line a minute
@@ -75,13 +75,13 @@ def locked(folder):
     Failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as f:
-        try:
-            fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Failed(f"another compare.py works on {folder}: wait for it") from None
+    f = lock_file(folder / "lock")
+    if f is None:
+        raise Failed(f"another compare.py works on {folder}: wait for it")
+    with f:
         try:
             yield f
         finally:
             # to close f is not enough: a process that is just being started may hold a copy
-            fcntl and fcntl.flock(f, fcntl.LOCK_UN)
+            with suppress(OSError):
+                fcntl and fcntl.flock(f, fcntl.LOCK_UN)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data.babilong import parse_tasks
 from data.corpus import open_corpus
 from data.curriculum import curriculum_of, open_stories
-from data.files import fcntl
+from data.files import lock_file
 from data.pairs import open_pairs, parse_numbers
 from data.text import check_length, is_corpus, open_text
 from lib import checkpoint
@@ -98,12 +98,12 @@ def beside_others():
     except RuntimeError as e:  # NCCL has a class of its own for this, gloo has none
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
-        sys.exit(f"error: another process of this run is gone ({checkpoint.one_line(e)}): start "
-                 "all of them again, with --resume")
+        sys.exit(f"error: another process of this run is gone ({checkpoint.one_line(e)}): see what "
+                 "it said, and start all of them again, with --resume where the run has begun")
 
 
 def leave(lock, world):
-    """The end of a run: others may write into its folder (`locked`), this process leaves them."""
+    """The end of a run: others may write into its folder (`claim`), this process leaves them."""
     if lock:
         lock.close()
     if world > 1:
@@ -127,18 +127,30 @@ def check_vocab_size(config, given, tokenizer):
                          "leave it out, or use --tokenizer=bpe")
 
 
-def locked(out_dir):
+def check_free(out_dir):
+    """Raises ValueError where a folder has a run."""
+    if any(Path(out_dir, name).exists() for name in checkpoint.FILES):
+        raise ValueError(f"there is a run in {out_dir}: --resume goes on with it, --overwrite "
+                         "replaces it, --out_dir goes elsewhere")
+
+
+def claim(config, n_bytes):
     """
-    A run is for one train.py at a time -> its lock, an open file: others have to wait until it is
-    closed. Raises ValueError where another one has it.
+    Make the folder of a run, which one program at a time may write -> its lock, a file that is open
+    until the run ends. Raises ValueError, also where a run has come into it meanwhile.
     """
-    lock = open(Path(out_dir) / ".lock", "w", encoding="utf-8")
+    checkpoint.make_folder(config.out_dir, n_bytes)
+    path = Path(config.out_dir, ".lock")
     try:
-        fcntl and fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        raise ValueError(f"another train.py writes the run in {out_dir}: wait for it, or use "
-                         "another --out_dir") from None
+        lock = lock_file(path)
+    except OSError as e:
+        raise ValueError(f"{path} cannot be written ({e.strerror}): use another "
+                         "--out_dir") from None
+    if lock is None:
+        raise ValueError(f"another program writes the run in {config.out_dir}: wait for it, or use "
+                         "another --out_dir")
+    if not (config.overwrite or getattr(config, "resume", False)):
+        check_free(config.out_dir)
     return lock
 
 

@@ -552,6 +552,10 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
         code, _, err = run()
         assert is_one_line(code, err, "mine.csv") and store.read_text() == damage
     store.unlink()
+    log = lab.folder / "results/mine_log.csv"
+    log.write_text("Row,seed,step\nbase,1,0\n")
+    with pytest.raises(ValueError, match="mine_log.csv is damaged or foreign"):
+        measured.read_log(log.parent, "mine")
     (lab.folder / "mine.toml").write_text("title =")
     assert is_one_line(*[run()[i] for i in (0, 2)], "mine.toml")
     assert lab.calls() == []

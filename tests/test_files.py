@@ -1,4 +1,5 @@
 """data/files.py: files are written whole or not at all, and read in one way."""
+import errno
 import os
 import resource
 import signal
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from data.files import atomic_open, read_utf8, sha256_of, write_json
+from data.files import atomic_open, lock_file, read_utf8, sha256_of, write_json
 
 
 @contextmanager
@@ -113,6 +114,19 @@ def test_what_is_no_text_file_is_refused_and_not_waited_for(tmp_path):
         signal.signal(signal.SIGALRM, handler)
     with pytest.raises(OSError, match="missing is not there"):
         read_utf8(tmp_path / "missing")
+
+
+def test_a_file_is_locked_once_and_where_there_are_no_locks_not_at_all(tmp_path, monkeypatch):
+    first = lock_file(tmp_path / "lock")
+    assert lock_file(tmp_path / "lock") is None
+    first.close()
+    lock_file(tmp_path / "lock").close()
+
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    lock_file(tmp_path / "lock").close()
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,7 @@ from test_tokenizer import with_beginning
 import pretrained
 from data.files import sha256_of
 from lib import checkpoint
-from lib.run import begun_from, initial_weights
+from lib.run import begun_from, claim, initial_weights
 from train import TrainConfig
 
 TINY = Path(__file__).parent / "tiny_llama"
@@ -211,4 +212,8 @@ def test_a_run_is_replaced_only_if_asked(call, checkout, run):
         code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny",
                             "--overwrite")
     assert is_one_line(code, err, "out/tiny/best.pt cannot be written")
+    lock = claim(SimpleNamespace(out_dir=run, overwrite=True), 0)
+    code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny", "--overwrite")
+    assert is_one_line(code, err, "another program writes the run in out/tiny")
+    lock.close()
     assert (run / "best.pt").read_bytes() == before and (run / "config.json").exists()

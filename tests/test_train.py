@@ -1,5 +1,6 @@
 """train.py: what a run leaves, that it goes on where it stopped, that bad input costs nothing."""
 import csv
+import errno
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from eval_babilong import EvalConfig
 from lib import checkpoint
 from lib.config import from_dict, parse
 from lib.llama import shape_of
-from lib.run import Stop, locked
+from lib.run import Stop, check_free, claim
 from lm2 import LM2
 from sample import SampleConfig
 from train import TrainConfig, batches, learning_rate_factor
@@ -74,6 +75,11 @@ def wait_for(condition, process, seconds=60):
 
 
 # --- What a run leaves
+
+def test_a_path_with_a_space_is_printed_to_be_copied(checkout):
+    out = checkout.train("out/my run", "--max_iters=0")
+    assert out.endswith("more text: python sample.py --out_dir='out/my run'\n")
+
 
 def test_run_leaves_its_files_and_ends_with_text_and_their_paths(checkout, run):
     folder = checkout.folder / "out/whole"
@@ -394,14 +400,46 @@ def test_overwrite_with_a_model_that_cannot_begin_keeps_the_old_run(call, copy, 
 
 @pytest.mark.parametrize("args", [["--resume", "--max_iters=10"], ["--overwrite"]], ids=str)
 def test_a_run_that_another_train_py_writes_is_left_to_it(call, copy, args):
-    before, lock = contents(copy), locked(copy)
+    before, lock = contents(copy), claim(SimpleNamespace(out_dir=copy, overwrite=True), 0)
     args = ["--dataset=play.txt", "--out_dir=out/copy", *SMALL, *args]
     code, _, err = call("train.py", *args)
-    assert is_one_line(code, err, "another train.py writes the run in out/copy")
+    assert is_one_line(code, err, "another program writes the run in out/copy")
     assert contents(copy) == before
     lock.close()
     code, _, err = call("train.py", *args)
     assert code == 0 and contents(copy) != before, err
+    claim(SimpleNamespace(out_dir=copy, overwrite=True), 0).close()  # it is free again
+
+
+def test_a_run_that_comes_into_the_folder_meanwhile_is_not_replaced(call, copy, monkeypatch):
+    """... while the data of this one are prepared, which may take long."""
+    before, seen = contents(copy), []
+    monkeypatch.setattr("lib.run.check_free", lambda folder: seen.append(folder) or (
+        len(seen) > 1 and check_free(folder)))
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", *SMALL)
+    assert is_one_line(code, err, "there is a run in out/copy")
+    assert contents(copy) == before and len(seen) == 2
+
+
+def test_resume_goes_on_from_what_another_train_py_saved_last(call, copy, monkeypatch):
+    order, restore = [], train.run.restore
+    monkeypatch.setattr("lib.run.claim", lambda *args: order.append("lock") or claim(*args))
+    monkeypatch.setattr("lib.run.restore", lambda *args: order.append("read") or restore(*args))
+    code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=9")
+    assert code == 0 and order == ["lock", "read"], err
+
+
+def test_overwrite_with_no_room_for_what_is_synced_keeps_the_old_run(call, copy, monkeypatch):
+    def fsync(number):
+        if os.fstat(number).st_size > 10_000:  # ckpt.pt, which is saved first
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    before = contents(copy)
+    monkeypatch.setattr(os, "fsync", fsync)
+    code, _, err = call("train.py", "--dataset=play.txt", "--out_dir=out/copy", "--overwrite",
+                        *SMALL)
+    assert is_one_line(code, err, "out/copy/ckpt.pt cannot be written: Disk quota exceeded")
+    assert contents(copy) == before
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
@@ -710,8 +748,9 @@ def test_no_number_is_nan_infinite_or_too_long(name):
     (["--device=meta"], "device=meta"), (["--dtype=int8"], "dtype=int8"),
     (["--config=no.toml"], "no.toml"), (["--resume"], "no run to resume"),
     (["--learning_rate=-1"], "learning_rate=-1"), (["--momentum=1"], "momentum=1"),
-    (["--min_lr=1"], "learning_rate=0.025 must be at least 1.0"),
-    (["--learning_rate=1e300"], "learning_rate=1e+300"), (["--rehearse=1.5"], "rehearse=1.5"),
+    (["--min_lr=1"], "min_lr=1.0 is above learning_rate=0.025"),
+    (["--learning_rate=1e300"], "learning_rate=1e+300"), (["--adam_lr=1e300"], "adam_lr=1e+300"),
+    (["--weight_decay=1e300"], "weight_decay=1e+300"), (["--rehearse=1.5"], "rehearse=1.5"),
     (["--num_workers=-1"], "num_workers=-1"),
     (["--num_workers=1000000"], "num_workers=1000000"), (["--seed=-1"], "seed=-1"),
     (["--out_dir=play.txt"], "out_dir=play.txt"),
