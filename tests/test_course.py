@@ -44,7 +44,8 @@ for folder, args in json.load(sys.stdin).items():
     if os.fork() == 0:
         signal.alarm({LIMIT})
         os.chdir(folder)
-        os._exit(pytest.main(["-n0", "-p", "no:cacheprovider", "--junitxml=report.xml", *args]))
+        os._exit(pytest.main(["-n0", "--tb=line", "-p", "no:cacheprovider",
+                              "--junitxml=report.xml", *args]))
     os.wait()
 """
 # of each assignment a wrong solution that looks right: what it has instead of what
@@ -150,7 +151,7 @@ def mistaken(tried, checkout):
     """The Outcome of the tests that guide, for each wrong solution: {title: Outcome}"""
     folders = {}
     for assignment in ASSIGNMENTS:
-        folders[handed_out(assignment, checkout)] = assignment.pytest_args
+        folders[handed_out(assignment, checkout)] = ["--exitfirst", *assignment.pytest_args]
         text = (REPO / assignment.file).read_text(encoding="utf-8")
         for right, wrong in WRONG[assignment.title]:
             assert text.count(right) == 1

@@ -334,7 +334,8 @@ def changed(tmp_path_factory):
 
 
 def run_pytest(copied, *args):
-    code, out, err = copied.run("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *args)
+    code, out, err = copied.run("-m", "pytest", "-q", "-n0", "--tb=line", "-p",
+                                "no:cacheprovider", *args)
     assert " passed" in out or " failed" in out, out + err
     return code, out
 
