@@ -568,7 +568,7 @@ def test_bad_files_are_refused_in_one_line_and_stay(lab, run):
     ('flags = "--mem_slot=8"\nchange = [["lm2.py", "wide(C).tanh()", "C"]]', "mem_slot is not"),
     ('flags = "--max_iters=abc"', "max_iters=abc"),
     ('preset = "config/pairs.toml"\nflags = "--pairs=1"', "1 in pairs=1 must be a number from 2"),
-    ('flags = "--dataset=shakespeare"', "dataset=shakespeare has no questions"),
+    ('flags = "--dataset=shakespeare"', "dataset=shakespeare has nothing to ask"),
     ('ask_flags = "--ragg=10"', "ragg is not known"), ('ask_flags = "--rag=-1"', "rag=-1")])
 def test_flags_that_a_program_would_refuse_are_refused_before_anything_runs(lab, run, row, named):
     (lab.folder / "mine.toml").write_text(f'{HEAD}[[row]]\nname = "a"\n{row}\n')
