@@ -7,6 +7,7 @@ Hand-outs are tried one after another by forks of one process, which imports tor
 grader is tried on a course of one line, without torch.
 """
 import csv
+import errno
 import json
 import os
 import re
@@ -293,6 +294,15 @@ def test_a_blank_line_or_a_comment_behind_the_docstring_goes_too():
     blank, bodies = blank_out(source, ["A.f"])
     assert blank == source.replace(body, "        raise NotImplementedError\n")
     assert put_back(blank, bodies) == source
+
+
+def test_what_cannot_be_printed_is_told_in_one_line(checkout, monkeypatch):
+    def no_room(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("docs.assignment.print", no_room, raising=False)
+    code, _, err = checkout.call("docs.assignment", "learning rate", "--out=out/no_room")
+    assert is_one_line(code, err, "No space left on device")
 
 
 # --- The grader, on a course of one line

@@ -201,6 +201,11 @@ def test_bad_input_is_refused_in_one_line(call, run, args, named):
     assert is_one_line(code, err, named)
 
 
+def test_a_path_with_a_space_is_printed_to_be_copied(call):
+    code, out, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/a model", *BANKS)
+    assert code == 0 and "python sample.py --out_dir='out/a model'" in out, err
+
+
 def test_a_run_is_replaced_only_if_asked(call, checkout, run):
     before = (run / "best.pt").read_bytes()
     code, _, err = call("pretrained.py", str(TINY / "plain"), "--out_dir=out/tiny")
