@@ -96,7 +96,7 @@ class TrainConfig(LM2Config):
                 raise ValueError(f"{name} is empty: name shakespeare or a text file")
             if value not in ("shakespeare", "babilong", "pairs"):
                 setattr(self, name, str(Path(value).resolve()))
-        if self.freeze not in ("", "decoder") or self.freeze and not self.init_from:
+        if self.freeze and (self.freeze != "decoder" or not (self.init_from or self.resume)):
             raise ValueError(f"freeze={self.freeze} is not known, or there is nothing to keep: "
                              "use decoder, with --init_from")
         if self.checkpoint_activations and self.memory == "rmt":

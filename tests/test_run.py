@@ -119,6 +119,12 @@ def test_what_may_change_changes_and_the_rest_stays(tmp_path):
     assert (found.max_iters, found.resume, found.out_dir) == (9, True, str(tmp_path))
 
 
+def test_a_flag_that_the_run_has_may_be_said_again(tmp_path):
+    saved_run(tmp_path, freeze="decoder", init_from="out/other")
+    config = TrainConfig(out_dir=str(tmp_path), resume=True, freeze="decoder")
+    assert run.resumed(config, {"out_dir", "resume", "freeze"}, 1).init_from == "out/other"
+
+
 def test_a_folder_that_was_renamed_is_the_one_that_goes_on(tmp_path):
     saved_run(tmp_path / "old")
     (tmp_path / "old").rename(tmp_path / "new")
