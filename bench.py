@@ -148,13 +148,15 @@ def check_writable(config):
 def open_haystack(corpus):
     """The beginning of a text as a Haystack, and its tokenizer. Raises ValueError, OSError."""
     text = read_text(corpus).text[:200_000]
-    short = f"corpus={corpus} is too short: name a text of more than {DATA_LENGTH} tokens"
-    if len(text.encode()) <= DATA_LENGTH:  # a token has a byte at least; bpe may need more of them
-        raise ValueError(short)
-    tokenizer = make_tokenizer("bpe", tokenizer_text(text), VOCAB)
+    try:
+        tokenizer = make_tokenizer("bpe", tokenizer_text(text), VOCAB)
+    except ValueError:
+        raise ValueError(f"corpus={corpus} has too few different words for {VOCAB} tokens: "
+                         "name a longer text") from None
     haystack = Haystack(text, tokenizer)
     if len(haystack.ids) <= DATA_LENGTH:
-        raise ValueError(short)
+        raise ValueError(f"corpus={corpus} has {len(haystack.ids)} tokens: "
+                         f"name a text of more than {DATA_LENGTH}")
     return haystack, tokenizer
 
 

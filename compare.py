@@ -52,8 +52,8 @@ class CompareConfig:
 
     def __post_init__(self):
         at_least(self, 0, "jobs")
-        of_one = self.only or self.seeds or self.again or self.dry_run
-        if not self.experiments and (of_one or not self.write):
+        about_runs = self.only or self.seeds or self.again or self.dry_run
+        if not self.experiments and (about_runs or not self.write):
             raise ValueError("no experiment is named: python compare.py experiments/qa1.toml")
         for seed in listed(self.seeds):
             if not seed.isdecimal():

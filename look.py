@@ -65,9 +65,10 @@ class LookConfig:
         at_least(self, 0, "seed", "n_samples", "block")
         if len(list(filter(None, (self.text, self.start, self.n_samples)))) > 1:
             raise ValueError("text, start and n_samples exclude each other: choose one")
-        if (self.text or self.start) and (
-                self.task, self.length) != (LookConfig.task, LookConfig.length):
-            raise ValueError("task and length are of a story: leave them out with text or start")
+        of_story = (self.task, self.length) != (LookConfig.task, LookConfig.length)
+        if of_story and (self.text or self.start):
+            raise ValueError(f"task={self.task} and length={self.length} are of a story: leave "
+                             "them out with text or start")
         if len(parse_tasks(self.task)) > 1:
             raise ValueError(f"task={self.task} must be one task, such as qa1")
         if parse_length(self.length) > MOST_TOKENS:

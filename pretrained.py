@@ -92,7 +92,7 @@ def write_run(config, llama, source):
     torch.manual_seed(config.seed)
     model = LM2(LM2Config(**llama.shape, **wanted))
     n_parameters = sum(p.numel() for p in model.parameters())
-    lock = claim(config, 4 * n_parameters + 20_000_000)
+    lock = claim(out_dir, 4 * n_parameters + 20_000_000, may_exist=config.overwrite)
     copy_weights(llama, model)
     about = {
         "train": {**asdict(model.config), "tokenizer": "hf", "dataset": "pretrained text",

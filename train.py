@@ -86,7 +86,7 @@ class TrainConfig(LM2Config):
                  "advance_at", "num_workers")
         below(self, 1, "momentum", "rehearse")
         below(self, 100, "num_workers")
-        below(self, 1e30, "learning_rate", "adam_lr", "weight_decay")  # float32 ends soon after
+        below(self, 1e30, "learning_rate", "adam_lr", "weight_decay")  # float32 ends at 3e38
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr={self.min_lr} is above learning_rate={self.learning_rate}: "
                              "give less")
@@ -119,12 +119,12 @@ def setup():
         out_dir, tokenizer = Path(config.out_dir), None
         if config.resume and config.overwrite:
             raise ValueError("--resume and --overwrite exclude each other: choose one")
+        if not (config.resume or config.overwrite):
+            run.check_free(out_dir)
         if config.resume:
             config = run.resumed(config, given, world)
             tokenizer = checkpoint.load_tokenizer(out_dir)
-        elif not config.overwrite:
-            run.check_free(out_dir)
-        if config.init_from and not config.resume:
+        elif config.init_from:
             config, tokenizer = run.begun_from(config, given)
         device = pick_device(config.device)
         dtype = pick_dtype(config.dtype, device)
@@ -220,7 +220,8 @@ def main():
     with user_errors():
         if config.init_from and not config.resume:
             raw_model.load_state_dict(run.initial_weights(config))
-        lock = master and run.claim(config, 40 * n_parameters + 2_000_000)  # ckpt.pt twice, best.pt
+        lock = master and run.claim(out_dir, 40 * n_parameters + 2_000_000,  # two ckpt.pt, best.pt
+                                    may_exist=config.resume or config.overwrite)
         if config.resume:
             step, best_val_loss = run.restore(config, data, raw_model, optimizers)
         log = Log(out_dir / "log.csv", data.columns, step)
@@ -252,11 +253,10 @@ def main():
             return
         about = {"train": asdict(config), "data": data.meta, "parameters": n_parameters,
                  "processes": world}
-        with checkpoint.written(
-                out_dir / "ckpt.pt", raw_model, step=step, best_val_loss=best_val_loss,
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                progress=data.progress, sha256=data.meta["sha256"],
-                tokenizer_sha256=tokenizer_sha256):
+        with checkpoint.written(out_dir / "ckpt.pt", raw_model, step=step, progress=data.progress,
+                                best_val_loss=best_val_loss, sha256=data.meta["sha256"],
+                                tokenizer_sha256=tokenizer_sha256,
+                                optimizers=[optimizer.state_dict() for optimizer in optimizers]):
             while replaced:  # of a run that is replaced nothing stays
                 replaced.pop().unlink(missing_ok=True)
             write_json(out_dir / "config.json", about)

@@ -27,7 +27,7 @@ COLUMNS = ("experiment", "row", "seed", "measure", "task", "length", "n", "right
 def read_results(path, columns=COLUMNS):
     """
     The rows of a CSV file, dicts of text; [] where there is none. columns: those it must have,
-    None: any. Raises ValueError.
+    None: those of a log, at least row, seed and step. Raises ValueError.
     """
     if not Path(path).exists():
         return []
@@ -35,8 +35,9 @@ def read_results(path, columns=COLUMNS):
     reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""))
     try:
         rows = list(reader)
-        there = reader.fieldnames or ()
-        if tuple(there) != columns if columns else not {"row", "seed", "step"} <= set(there):
+        there = tuple(reader.fieldnames or ())
+        fits = there == columns if columns else {"row", "seed", "step"} <= set(there)
+        if not fits:
             raise ValueError("other columns than this program writes")
         for row in rows:
             if None in row or None in row.values():

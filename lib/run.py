@@ -134,23 +134,24 @@ def check_free(out_dir):
                          "replaces it, --out_dir goes elsewhere")
 
 
-def claim(config, n_bytes):
+def claim(out_dir, n_bytes, may_exist):
     """
-    Make the folder of a run, which one program at a time may write -> its lock, a file that is open
-    until the run ends. Raises ValueError, also where a run has come into it meanwhile.
+    Make the folder of a run, with room for n_bytes, which one program at a time may write -> its
+    lock, a file that is open until the run ends. Raises ValueError, also where a run that may not
+    exist has come into the folder meanwhile.
     """
-    checkpoint.make_folder(config.out_dir, n_bytes)
-    path = Path(config.out_dir, ".lock")
+    checkpoint.make_folder(out_dir, n_bytes)
+    path = Path(out_dir, ".lock")
     try:
         lock = lock_file(path)
     except OSError as e:
         raise ValueError(f"{path} cannot be written ({e.strerror}): use another "
                          "--out_dir") from None
     if lock is None:
-        raise ValueError(f"another program writes the run in {config.out_dir}: wait for it, or use "
+        raise ValueError(f"another program writes the run in {out_dir}: wait for it, or use "
                          "another --out_dir")
-    if not (config.overwrite or getattr(config, "resume", False)):
-        check_free(config.out_dir)
+    if not may_exist:
+        check_free(out_dir)
     return lock
 
 

@@ -49,7 +49,8 @@ for folder, args in json.load(sys.stdin).items():
                               "--junitxml=report.xml", *args]))
     os.wait()
 """
-# of each assignment a wrong solution that looks right: what it has instead of what
+# of each assignment a wrong solution that looks right, as pairs: what the right one has, and what
+# the wrong one has instead
 WRONG = {
     "rotary positions": [("1 - slowed * (1 - 1 / config.rope_factor)", "1")],
     "attention in a sliding window": [  # only full attention asks for the mask from outside

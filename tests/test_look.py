@@ -178,7 +178,7 @@ def test_left_out_is_who_asks_for_a_fact_that_memory_has_not_yet_written(checkou
     (["out/stories", "--task=qa1,qa2"], "task=qa1,qa2"), (["out/stories", "--length=1M"], "1M"),
     (["out/stories", "--length=much"], "much"), (["out/text", "--text=missing.txt"], "missing.txt"),
     (["out/text", "--text=play.txt", "--start=The"], "exclude each other"),
-    (["out/text", "--text=play.txt", "--length=300"], "length are of a story"),
+    (["out/text", "--text=play.txt", "--length=300"], "length=300 are of a story"),
     (["out/stories", "--n_samples=-1"], "n_samples=-1"), (["out/text", "--start=\u00e9"], "\u00e9"),
     (["out/stories", "--n_samples=2", "--start=The"], "exclude each other"),
     (["out/wide", "--n_samples=1", "--length=0k"], "longer one"),

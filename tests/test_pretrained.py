@@ -4,7 +4,6 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -217,7 +216,7 @@ def test_a_run_is_replaced_only_if_asked(call, checkout, run):
         code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny",
                             "--overwrite")
     assert is_one_line(code, err, "out/tiny/best.pt cannot be written")
-    lock = claim(SimpleNamespace(out_dir=run, overwrite=True), 0)
+    lock = claim(run, 0, may_exist=True)
     code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny", "--overwrite")
     assert is_one_line(code, err, "another program writes the run in out/tiny")
     lock.close()

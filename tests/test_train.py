@@ -53,8 +53,8 @@ def copy(checkout, run):
 
 
 def contents(folder):
-    found = {f.name: f.read_bytes() for f in folder.iterdir()} if folder.is_dir() else {}
-    return {name: found[name] for name in found if name != ".lock"}
+    files = folder.iterdir() if folder.is_dir() else ()
+    return {f.name: f.read_bytes() for f in files if f.name != ".lock"}
 
 
 def rows(checkout, out_dir):
@@ -400,7 +400,7 @@ def test_overwrite_with_a_model_that_cannot_begin_keeps_the_old_run(call, copy, 
 
 @pytest.mark.parametrize("args", [["--resume", "--max_iters=10"], ["--overwrite"]], ids=str)
 def test_a_run_that_another_train_py_writes_is_left_to_it(call, copy, args):
-    before, lock = contents(copy), claim(SimpleNamespace(out_dir=copy, overwrite=True), 0)
+    before, lock = contents(copy), claim(copy, 0, may_exist=True)
     args = ["--dataset=play.txt", "--out_dir=out/copy", *SMALL, *args]
     code, _, err = call("train.py", *args)
     assert is_one_line(code, err, "another program writes the run in out/copy")
@@ -408,7 +408,7 @@ def test_a_run_that_another_train_py_writes_is_left_to_it(call, copy, args):
     lock.close()
     code, _, err = call("train.py", *args)
     assert code == 0 and contents(copy) != before, err
-    claim(SimpleNamespace(out_dir=copy, overwrite=True), 0).close()  # it is free again
+    claim(copy, 0, may_exist=True).close()  # it is free again
 
 
 def test_a_run_that_comes_into_the_folder_meanwhile_is_not_replaced(call, copy, monkeypatch):
@@ -423,7 +423,8 @@ def test_a_run_that_comes_into_the_folder_meanwhile_is_not_replaced(call, copy, 
 
 def test_resume_goes_on_from_what_another_train_py_saved_last(call, copy, monkeypatch):
     order, restore = [], train.run.restore
-    monkeypatch.setattr("lib.run.claim", lambda *args: order.append("lock") or claim(*args))
+    monkeypatch.setattr("lib.run.claim", lambda *args, **more: order.append("lock") or claim(
+        *args, **more))
     monkeypatch.setattr("lib.run.restore", lambda *args: order.append("read") or restore(*args))
     code, _, err = call("train.py", "--resume", "--out_dir=out/copy", "--max_iters=9")
     assert code == 0 and order == ["lock", "read"], err
