@@ -1,4 +1,5 @@
 """What several tests share."""
+import functools
 import importlib
 import io
 import os
@@ -112,6 +113,14 @@ class Checkout:
 
     def log(self, out_dir):
         return (self.folder / out_dir / "log.csv").read_text()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizer_text_is_made_once():
+    """What a tokenizer of stories learns from is the same for all runs, and takes a second."""
+    curriculum = importlib.import_module("data.curriculum")
+    with patch.object(curriculum, "tokenizer_text", functools.cache(curriculum.tokenizer_text)):
+        yield
 
 
 @pytest.fixture(scope="module")
