@@ -125,7 +125,8 @@ def save(experiment, row, seed, keys, folder, results_dir):
 
 def save_log(experiment, row, seed, folder, results_dir):
     """Put the evaluations of a run into NAME_log.csv. Raises OSError, ValueError."""
-    tokens, (_, last) = ex.planned_tokens(experiment, row), ex.steps(folder)
+    about, (_, last) = json.loads(read_utf8(folder / "config.json")), ex.steps(folder)
+    tokens = ex.planned_tokens(experiment, row, about["train"])
     log = [{"row": row.name, "seed": str(seed), **line,
             "tokens": tokens * int(line["step"]) // max(last, 1)} for line in evaluations(folder)]
     others = [line for line in read_log(results_dir, experiment.name)
@@ -155,7 +156,8 @@ def measured(experiment, row, seed, keys, folder):
     about, trained = json.loads(read_utf8(folder / "config.json")), experiment.answering_row(row)
     times, log = elapsed(folder), evaluations(folder)
     seconds = times[-1][0] if times else 0
-    tokens_per_s = f"{ex.planned_tokens(experiment, trained) / seconds:.0f}" if seconds else ""
+    tokens = ex.planned_tokens(experiment, trained, about["train"])
+    tokens_per_s = f"{tokens / seconds:.0f}" if seconds else ""
     device = pick_device(about["train"]["device"])
     common = {
         "experiment": experiment.name, "row": row.name, "seed": seed,

@@ -39,7 +39,8 @@ log = out / "log.csv"
 begin = len(log.read_text().splitlines()) - 1 if "resume" in flags else 0
 if not begin:
     (out / "config.json").write_text(json.dumps({"parameters": 1000, "train": {
-        "max_iters": 4, "device": "cpu", "dtype": "float32", "slow": "slow" in flags}}))
+        "max_iters": 4, "batch_size": 9, "device": "cpu", "dtype": "float32",
+        "slow": "slow" in flags}}))  # as many texts a step as no preset has
     log.write_text("step,val_loss,accuracy\\n")
 slow = json.loads((out / "config.json").read_text())["train"]["slow"]
 for step in range(begin, 5):
@@ -161,7 +162,7 @@ def test_what_is_missing_is_trained_asked_and_recorded(lab, run):
     assert [(row["row"], row["seed"], row["step"]) for row in log] == [
         (name, seed, step) for name in ("base", "wide") for seed in "12" for step in "01234"]
     experiment = ex.load("mine.toml")
-    tokens = ex.planned_tokens(experiment, experiment.row[0])
+    tokens = ex.planned_tokens(experiment, experiment.row[0], {"max_iters": 4, "batch_size": 9})
     assert [int(row["tokens"]) for row in log] == [step * tokens // 4 for step in range(5)] * 4
     assert (lab.folder / "results/mine.png").stat().st_size > 1000
 

@@ -244,6 +244,9 @@ def test_tokens_are_planned_with_the_defaults_of_train(load, monkeypatch):
     assert ex.planned_tokens(experiment, experiment.row[0]) == math.prod((
         usual.max_iters, usual.batch_size, usual.n_segments, usual.block_size,
         usual.gradient_accumulation_steps))
+    shape = {"block_size": 3 * usual.block_size}  # of a pretrained model that the run begins with
+    assert ex.planned_tokens(experiment, experiment.row[0], shape) == 3 * ex.planned_tokens(
+        experiment, experiment.row[0])
 
 
 def test_rows_that_are_trained_alike_share_their_runs(load, tmp_path):
