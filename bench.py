@@ -56,7 +56,8 @@ from lm2 import LM2, LM2Config
 BENCHMARKS = ("training", "generation", "reading", "data")
 OF_PARTS = {  # flags, and what they are for
     "max_length": ("generation", "reading"), "nanogpt": ("training", "generation", "profile"),
-    "transformers": ("training",), "compile": ("training", "generation"), "corpus": ("data",)}
+    "transformers": ("training",), "compile": ("training", "generation"), "corpus": ("data",),
+    "dtype": (*BENCHMARKS, "profile"), "repeats": (*BENCHMARKS, "profile")}
 SIZES = {
     "cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
             dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],
@@ -103,7 +104,7 @@ class BenchConfig:
             if given and not set(measured) & set(parts):
                 raise ValueError(f"--{name} is for {', '.join(parts)}, not for "
                                  f"{', '.join(measured)}: leave it out")
-        if self.csv and Path(self.csv).resolve() == Path(self.plot).resolve():
+        if self.csv and self.plot and Path(self.csv).resolve() == Path(self.plot).resolve():
             raise ValueError(f"csv={self.csv} and plot={self.plot} are one file: name two")
         if (self.profile or self.soak) and (self.csv or self.plot):
             raise ValueError("--csv and --plot are for the figures of --parts: "
@@ -125,9 +126,9 @@ def check_writable(config):
     something else lies there.
     """
     for name, begins in (("csv", b"part,what,model,"), ("plot", b"\x89PNG")):
-        path = Path(getattr(config, name))
-        if path == Path():  # not wanted
+        if not getattr(config, name):  # not wanted
             continue
+        path = Path(getattr(config, name))
         try:
             if path.is_file():
                 with open(path, "rb") as f:
@@ -147,7 +148,7 @@ def check_writable(config):
 
 def open_haystack(corpus):
     """The beginning of a text as a Haystack, and its tokenizer. Raises ValueError, OSError."""
-    text = read_text(corpus).text[:200_000]
+    text = read_text(corpus, "corpus").text[:200_000]
     try:
         tokenizer = make_tokenizer("bpe", tokenizer_text(text), VOCAB)
     except ValueError:
@@ -169,7 +170,7 @@ class Bench:
         self.config = config
         self.rows = []
         self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, self.device)
+        self.dtype = pick_dtype("float32" if config.soak else config.dtype, self.device)
         self.context = autocast(self.dtype, self.device)
         kind = "cuda" if self.device.type == "cuda" else "cpu"
         self.sizes, self.step_tokens = SIZES[kind], STEP_TOKENS[kind]

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from baselines.rag import nearest_sentences
 from data.babi import LABELS, TASKS, read_babi, simulate
 from data.babilong import (
+    ANSWER_TOKENS,
     Haystack,
     find_file,
     hide_question,
@@ -47,8 +48,6 @@ from lib import checkpoint, results
 from lib.config import at_least, parse, user_errors
 from lib.device import autocast, pick_device, pick_dtype
 from lib.origin import device_name, origin
-
-ANSWER_TOKENS = 24  # the longest answer is three objects and a full stop, a token each letter
 
 
 @dataclass
@@ -192,9 +191,9 @@ def text_around(config, corpus, sha256):
     if config.babilong_dir:
         return "", ""
     if config.corpus:
-        found = read_text(config.corpus)
+        found = read_text(config.corpus, "corpus")
         return found.text, found.sha256
-    found = read_text(corpus)
+    found = read_text(corpus, "corpus")
     if found.sha256 != sha256:
         raise ValueError("this text is not the one of its training: "
                          "bring that one back, name another --corpus, or train again")

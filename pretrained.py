@@ -21,6 +21,7 @@ from data.files import sha256_of, write_json
 from data.text import digest
 from lib import checkpoint
 from lib.config import at_least, parse, user_errors
+from lib.device import memory_of
 from lib.llama import copy_weights, open_llama, weight_files
 from lib.run import check_free, claim
 from lm2 import LM2, LM2Config
@@ -89,9 +90,14 @@ def write_run(config, llama, source):
     """Make the model, and write it as a run -> the model. Raises ValueError or OSError."""
     out_dir = Path(config.out_dir)
     wanted = {name: value for name, value in vars(config).items() if name in vars(LM2Config)}
+    model_config = LM2Config(**llama.shape, **wanted)
+    with torch.device("meta"):  # without memory
+        n_parameters = sum(p.numel() for p in LM2(model_config).parameters())
+    if 4 * n_parameters > memory_of(torch.device("cpu")):
+        raise ValueError(f"{llama.path} needs {4e-9 * n_parameters:,.0f} GB of memory in float32: "
+                         "use a smaller model")
     torch.manual_seed(config.seed)
-    model = LM2(LM2Config(**llama.shape, **wanted))
-    n_parameters = sum(p.numel() for p in model.parameters())
+    model = LM2(model_config)
     lock = claim(out_dir, 4 * n_parameters + 20_000_000, may_exist=config.overwrite)
     copy_weights(llama, model)
     about = {

@@ -23,6 +23,7 @@ from data.files import read_utf8
 from data.tokenizer import encode_inside
 
 LONGEST = 100_000_000  # tokens of a length; a text of more would not fit into memory
+ANSWER_TOKENS = 24  # the longest answer is three objects and a full stop, a token each letter
 
 
 class Question(NamedTuple):

@@ -22,7 +22,7 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
-from itertools import chain, islice, takewhile
+from itertools import chain, takewhile
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -93,17 +93,18 @@ def json_lines(f):
 def parquet_rows(f):
     """The column `text` of an open .parquet, row by row. Raises ValueError, or pyarrow's errors."""
     from pyarrow.parquet import ParquetFile  # here, since it takes half a second
-    n, size = 0, os.stat(f.name).st_size
+    size = os.stat(f.name).st_size
     table = ParquetFile(f.name, buffer_size=1 << 20, pre_buffer=False)  # not whole columns
     if "text" not in table.schema_arrow.names:
         raise ValueError(f"it has no column text, only {table.schema_arrow.names}"[:200])
-    for rows in table.iter_batches(64, columns=["text"], use_threads=False):
-        for n, text in enumerate(rows.column(0).to_pylist(), n + 1):
-            if not isinstance(text, str):
-                raise ValueError(f"row {n} has no string in its column text")
-            # pyarrow reads by itself, here and there: this is for sha256 and the progress bar
-            f.read(size * n // table.metadata.num_rows - f.tell())
-            yield text
+    batches = table.iter_batches(64, columns=["text"], use_threads=False)
+    texts = chain.from_iterable(rows.column(0).to_pylist() for rows in batches)
+    for n, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise ValueError(f"row {n} has no string in its column text")
+        # pyarrow reads by itself, here and there: this is for sha256 and the progress bar
+        f.read(size * n // table.metadata.num_rows - f.tell())
+        yield text
     f.read(size - f.tell())  # where there is no row
 
 
@@ -152,8 +153,9 @@ def read_batches(paths, files, file=0, pieces=0):
     """
     batch, size, before = [], 0, sum(entry["size"] for entry in files[:file])
     for number in range(file, len(files)):
-        found = enumerate(read_file(paths[number], files[number]), 1)
-        for n, (text, ends, n_bytes) in islice(found, pieces if number == file else 0, None):
+        for n, (text, ends, n_bytes) in enumerate(read_file(paths[number], files[number]), 1):
+            if number == file and n <= pieces:  # before the place
+                continue
             batch.append((text, ends))
             size += len(text)
             place = {"file": number, "pieces": n, "bytes": before + n_bytes}
@@ -197,7 +199,7 @@ def encode_batch(batch):
 def encoded(batches, tokenizer):
     """
     The ids of batches in their order -> (ids (n,), place). No more than PENDING batches for each
-    process are read ahead, or memory would fill with text. Raises OSError.
+    process are read ahead, or memory would fill with text. Raises OSError, ValueError.
     """
     n, pending = min(os.cpu_count() or 1, 8), deque()
     # a fork shares the modules that are in memory; on other systems it is not safe
@@ -263,7 +265,9 @@ def load_shards(paths, folder):
 
 
 def begin_shards(paths, folder, kind, vocab_size, tokenizer):
-    """A manifest without shards, and the given tokenizer or a new one. Raises ValueError."""
+    """
+    A manifest without shards, and the given tokenizer or a new one. Raises OSError, ValueError.
+    """
     files, text = [*map(entry_of, paths)], ""
     for batch, _ in read_batches(paths, files):
         text += "".join(piece + "\n" * ends for piece, ends in batch)
@@ -279,7 +283,7 @@ def begin_shards(paths, folder, kind, vocab_size, tokenizer):
 
 
 def write_shard(path, stream, bar):
-    """Ids of a stream, until they are SHARD bytes -> the shard's entry. Raises OSError."""
+    """Ids of a stream, until they are SHARD bytes -> its entry. Raises OSError, ValueError."""
     sha256, tokens = hashlib.sha256(), 0
     with atomic_open(path) as f:
         for ids, place in stream:
@@ -293,7 +297,10 @@ def write_shard(path, stream, bar):
 
 
 def make_shards(paths, folder, manifest, tokenizer):
-    """Make the shards that a manifest lacks, and add them to it one by one. Raises OSError."""
+    """
+    Make the shards that a manifest lacks, and add them to it one by one. Raises OSError or
+    ValueError.
+    """
     files, shards = manifest["files"], manifest["shards"]
     place = shards[-1]["behind"] if shards else {"file": 0, "pieces": 0, "bytes": 0}
     batches = read_batches(paths, files, place["file"], place["pieces"])

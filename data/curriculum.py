@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from data.babi import TASKS, simulate
 from data.babilong import (
+    ANSWER_TOKENS,
     Haystack,
     encode_line,
     hide_question,
@@ -251,7 +252,7 @@ class Stories:
         rng = np.random.default_rng(0)
         ids = hide_question(question, 0, self.val, self.tokenizer, rng)
         prompt = torch.tensor(ids.astype(np.int64), device=device)[None]
-        written = model.generate(prompt, 8, temperature=0)[0, prompt.size(1):]
+        written = model.generate(prompt, ANSWER_TOKENS, temperature=0)[0, prompt.size(1):]
         answer, _, _ = decode_inside(self.tokenizer, written.tolist()).partition(".")
         facts = " ".join(question.context)
         return f"{facts} {question.text}{answer}. (right: {question.answer})"
@@ -283,17 +284,16 @@ def open_stories(config, tokenizer=None):
     a new one. Raises ValueError or OSError, one line that says what to do.
     """
     tasks, lengths = parse_tasks(config.tasks), curriculum_of(config)
-    found = read_text(config.corpus)
+    found = read_text(config.corpus, "corpus")
     train, val = split(found.text)
     if not tokenizer:
         seen = tokenizer_text(found.text if config.tokenizer == "char" else train)
         tokenizer = make_tokenizer(config.tokenizer, seen, config.vocab_size)
     train, val = Haystack(train, tokenizer), Haystack(val, tokenizer)
-    for length in lengths:  # one that few stories fit into, or that the text lacks, is told now
+    for length in lengths:  # one that few stories fit into is told now
         for asking in ("along", "own", "all"):
             training_row(tasks, length.tokens or BARE_TOKENS, tokenizer, random.Random(0), asking,
                          TRIES // 25)
-        training_batch(tasks, length.tokens, train, tokenizer, 1, config.seed, 0)
     meta = {
         "source": found.source,
         "sha256": found.sha256,

@@ -1,4 +1,4 @@
-"""What a data set offers train.py: `Text` of data/text.py and `Stories` of data/curriculum.py."""
+"""What a data set offers train.py: `Text`, `Stories` or `Pairs`."""
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 

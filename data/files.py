@@ -94,7 +94,7 @@ def read_utf8(path):
     """
     if not Path(path).is_file():
         what = "not a file with text" if Path(path).exists() else "not there"
-        raise OSError(f"{path} is {what}: name a text file")
+        raise OSError(f"{str(path) or 'an empty name'} is {what}: name a text file")
     try:
         return Path(path).read_text(encoding="utf-8").replace("\ufeff", "")
     except UnicodeDecodeError as e:

@@ -40,7 +40,8 @@ TRAINING, CURRENT, FIXED = range(3)  # texts that have nothing in common
 def write_text(kind, n, rng):
     """n pairs, 2 <= n <= len(KEYS), and their questions. rng: a NumPy Generator"""
     different = n if kind == "remember" else min(QUESTIONS, n // 2)
-    keys = rng.choice(KEYS, different, replace=False)[rng.permutation(n) % different]
+    chosen = rng.choice(KEYS, different, replace=False)
+    keys = rng.permutation(np.resize(chosen, n))  # each as often as another, or once more
     values = rng.choice(list(digits), n)
     newest = dict(zip(keys, values))
     asked = rng.choice(list(newest), min(QUESTIONS, different), replace=False)

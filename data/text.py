@@ -57,10 +57,10 @@ class FoundText(NamedTuple):
     folder: Path  # for token ids
 
 
-def read_text(dataset):
+def read_text(dataset, flag="dataset"):
     """
-    The FoundText of a dataset: "shakespeare", a text file, or a folder of .txt files, in the order
-    of their names. Raises ValueError or OSError, one line that says what to do.
+    The FoundText of a dataset, which a flag names: "shakespeare", a text file, or a folder of .txt
+    files, in the order of their names. Raises ValueError or OSError, one line that says what to do.
     """
     path = Path(dataset)
     if dataset == "shakespeare":
@@ -68,17 +68,17 @@ def read_text(dataset):
         if not path.exists():
             fetch_shakespeare(path)
     if not dataset or not path.exists():
-        raise OSError(f"dataset={dataset} is not there: "
+        raise OSError(f"{flag}={dataset} is not there: "
                       "use shakespeare, a text file or a folder of .txt files")
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if path.name.endswith(SUFFIXES[1:]) and not path.is_dir():
         raise ValueError(f"{dataset} is not plain text: "
                          "use shakespeare, a text file or a folder of .txt files")
     if not files:
-        raise OSError(f"dataset={dataset} is a folder without .txt files")
+        raise OSError(f"{flag}={dataset} is a folder without .txt files")
     text = "\n".join(read_utf8(file) for file in files)
     if not text.strip():
-        raise ValueError(f"dataset={dataset} is empty: give it some text")
+        raise ValueError(f"{flag}={dataset} is empty: give it some text")
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     if dataset == "shakespeare":
         return FoundText(text, sha256, SOURCES.get(sha256, str(path)), path.parent)

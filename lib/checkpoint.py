@@ -1,7 +1,7 @@
 """
 Checkpoints. The folder of a run holds
     ckpt.pt         the last step, with the optimizers: train.py --resume goes on from it
-    best.pt         the best weights (of stories the last ones): what the other programs load
+    best.pt         the best weights (the last ones of stories, pairs): what the other programs load
     config.json     how it was trained;  tokenizer.json;  log.csv;  loss.png
     .lock           held by the program that writes the run
 All of it loads as tensors or as JSON: opening somebody's checkpoint runs no code.
@@ -136,6 +136,8 @@ def load(out_dir, device="auto"):
     Raises ValueError, one line, where something is missing, damaged, or of different runs.
     """
     path, device = Path(out_dir) / "best.pt", pick_device(device)
+    if not path.exists() and (path.parent / "config.json").exists():
+        load_config(out_dir)  # tells what to do with a model of Hugging Face
     found = load_file(path)
     tokenizer, config = load_tokenizer(out_dir), load_config(out_dir)
     check_same_run(path, found, config["train"], tokenizer)

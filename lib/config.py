@@ -23,6 +23,7 @@ from difflib import get_close_matches
 
 from data.files import read_utf8
 
+BOOLEANS = ("true", "false", "auto", "none")
 LARGEST = 2 ** 31  # whole numbers stay below: as seeds and sizes they then fit everywhere
 
 
@@ -156,6 +157,14 @@ def load_preset(path):
         raise ValueError(f"{path} is not a TOML file: {e}") from None
 
 
+def with_values(argv, known):
+    """Arguments, with a value for a switch that would take one without a name: `--paper out/qa1`"""
+    nameless = any(field.type is list for field in known.values())
+    switches = {f"--{name}" for name, field in known.items() if field.type in (bool, bool | None)}
+    return [f"{arg}=True" if nameless and arg in switches and after.lower() not in BOOLEANS else arg
+            for arg, after in zip(argv, [*argv[1:], ""])]
+
+
 def parse(cls, description, argv=None):
     """
     argv (default: the command line) -> an instance of the dataclass, the set of names that were
@@ -166,6 +175,7 @@ def parse(cls, description, argv=None):
             stream.reconfigure(errors="replace")  # a console may lack a character of a text
     known = {field.name: field for field in fields(cls)}
     with user_errors():
+        argv = with_values(sys.argv[1:] if argv is None else argv, known)
         flags, unknown = make_parser(cls, description).parse_known_intermixed_args(argv)
         values = {}
         for path in flags.config:
@@ -176,6 +186,9 @@ def parse(cls, description, argv=None):
             name = re.split(r"[= ]", unknown[0].lstrip("-"))[0]
             near, = get_close_matches(name, [*known, "config"], n=1, cutoff=0)
             near = f"config={name}" if name.endswith(".toml") else near
+            if near in known and known[near].type is list:
+                raise ValueError(f"unknown key {unknown[0]}: {near} is given without a name, the "
+                                 "value alone (--help lists all)")
             raise ValueError(f"unknown key {unknown[0]}: did you mean --{near}? "
                              "(--help lists all)")
         for name, value in vars(flags).items():

@@ -137,7 +137,8 @@ def open_folder(folder):
     try:
         tokenizer = HFTokenizer(description, n_vocab)
     except ValueError as e:
-        raise ValueError(f"{folder}/tokenizer.json is damaged ({e}): copy it again") from None
+        raise ValueError(f"{folder}/tokenizer.json is damaged, or of another kind ({e}): "
+                         "copy it again, or use another model") from None
     if tokenizer.n_vocab > n_vocab:
         raise ValueError(f"{folder}: tokenizer.json has {tokenizer.n_vocab} tokens, config.json "
                          f"vocab_size={n_vocab}: they are from different models")
@@ -235,7 +236,11 @@ def open_gguf(path):
     factors = tensors.pop("rope_freqs.weight", None)
     if factors is not None:
         shape["rope_factor"] = rope_factor(factors.data, shape, path)
-    tokenizer = HFTokenizer(gguf_tokenizer(about, path), shape["vocab_size"])
+    description = gguf_tokenizer(about, path)
+    try:
+        tokenizer = HFTokenizer(description, shape["vocab_size"])
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}: copy it again, or use another model") from None
     return Llama(path, shape, tokenizer, lambda: pieces_of_gguf(tensors, shape, path))
 
 
@@ -331,4 +336,5 @@ def copy_weights(llama, model):
         left[name] -= len(piece)
     for name, rows in left.items():
         if rows:
-            raise ValueError(f"{llama.path} has no {name}: copy it again")
+            raise ValueError(f"{llama.path} lacks {rows} of {len(found[name])} rows of {name}: "
+                             "copy it again, all of it of one model")

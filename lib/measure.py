@@ -63,6 +63,7 @@ def matmul_flops(job):
 
 
 OF_SLOTS = ("w_k", "w_v", "w_in", "w_forget")  # layers of a bank that its slots go through
+NO_MATRICES = ("embed", "wpe", "slot_queries", "memory_tokens")  # nothing is multiplied by them
 TWICE = ("w_q", "w_k", "w_v")  # layers that `aligned` goes through again, since it reads to write
 
 
@@ -79,11 +80,10 @@ def training_flops(model, length):
     found = 12 * c.n_layer * c.n_embd * seen
     memory, slots = getattr(c, "memory", "none"), getattr(c, "mem_slots", 0)
     for name, p in model.named_parameters():
-        times, layer = 1, name.split(".")[-2:][0]  # of blocks.0.memory.w_q.weight: w_q
-        if ".memory." in name:
-            times = slots / c.block_size if layer in OF_SLOTS else 1
-            times *= 2 if c.mem_write == "aligned" and layer in TWICE else 1
-        if "embed" not in name and "slot_queries" not in name:
+        layer = name.split(".")[-2:][0]  # of blocks.0.memory.w_q.weight: w_q
+        times = slots / c.block_size if layer in OF_SLOTS else 1
+        times *= 2 if layer in TWICE and c.mem_write == "aligned" else 1
+        if not any(vectors in name for vectors in NO_MATRICES):
             found += 6 * p.numel() * times
     if memory == "lm2":
         found += 24 * c.n_banks * c.n_embd * slots

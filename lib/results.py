@@ -167,7 +167,7 @@ def make_tables(rows, n_samples, paper):
                 accuracy = {task: 100 * right / n for task, (n, right) in cells.items()}
                 asked = sum(n for n, _ in cells.values())
                 lines.append(TableLine(name, accuracy, *average(cells.values()), asked))
-        tasks = {task for line in lines for task in line.accuracy}
+        tasks = [task for task in TASKS if any(task in line.accuracy for line in lines)]
         tables[length] = lines + (paper_lines(length, tasks) if paper else [])
     return tables
 

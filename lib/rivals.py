@@ -45,9 +45,9 @@ def rivals(size):
 
 def as_if_trained(config, device):
     """
-    A new model of an LM2Config, as far from its start as if it were trained. At the start its
-    memory is shut, and a bank that nothing enters falls to denormal numbers, which a CPU multiplies
-    at a fraction of its speed.
+    A new model of an LM2Config, as far from its start as if it were trained. At the start an
+    `aligned` memory is shut, and its bank, which nothing enters, falls to denormal numbers, which a
+    CPU multiplies at a fraction of its speed.
     """
     model = checkpoint.make_model(config).to(device).eval()
     for p in model.parameters():

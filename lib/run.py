@@ -121,17 +121,19 @@ def check_curriculum(config):
 
 def check_vocab_size(config, given, tokenizer):
     """Raises ValueError where the user gave a vocab_size that is not the tokenizer's."""
+    bound = config.dataset == "pairs" or config.init_from  # to one tokenizer
+    other = "" if bound else ", or use --tokenizer=bpe"
     if "vocab_size" in given and config.vocab_size != tokenizer.n_vocab:
         raise ValueError(f"vocab_size={config.vocab_size} does not fit tokenizer "
                          f"{config.tokenizer}, which has {tokenizer.n_vocab} tokens for this text: "
-                         "leave it out, or use --tokenizer=bpe")
+                         f"leave it out{other}")
 
 
 def check_free(out_dir):
     """Raises ValueError where a folder has a run."""
     if any(Path(out_dir, name).exists() for name in checkpoint.FILES):
-        raise ValueError(f"there is a run in {out_dir}: --resume goes on with it, --overwrite "
-                         "replaces it, --out_dir goes elsewhere")
+        raise ValueError(f"there is a run in {out_dir}: train.py --resume goes on with it, "
+                         "--overwrite replaces it, --out_dir goes elsewhere")
 
 
 def claim(out_dir, n_bytes, may_exist):

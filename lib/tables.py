@@ -125,32 +125,7 @@ def printed(name, first, last):
     return "\n".join(["```", *lines[:first], "[...]", *lines[-last:], "```"])
 
 
-TABLES = {
-    "first-run": lambda: printed("results/first_run.txt", 6, 2),
-    "first-segment": lambda: accuracy("results/first_segment.csv", ["0k", "1k", "2k", "4k", "8k"]),
-    "real-babi": lambda: pivot("accuracy in %", load("results/real_babi.csv"), "run", "stories",
-                               with_interval),
-    "paper": lambda: pivot("accuracy in %", load("data/paper_babilong.csv"), "model", "length",
-                           paper_mean),
-    "paper-far": paper_far,
-    "speed-cpu-training": lambda: speed("results/speed_cpu_training.csv"),
-    "speed-cpu": lambda: speed("results/speed_cpu.csv"),
-    "speed-cpu-far": lambda: speed_all("results/speed_cpu_far.csv"),
-    "speed-cpu-generation": lambda: speed("results/speed_cpu_generation.csv"),
-    "speed-cpu-compiled": lambda: speed("results/speed_cpu_compiled.csv"),
-    "speed-gpu": lambda: speed("results/speed_gpu.csv"),
-    "speed-gpu-all": lambda: speed_all("results/speed_gpu.csv"),
-    "processes": lambda: pivot("", load("results/processes.csv"), "what", "measure", measured),
-    "profile-4x128": lambda: profile("4 x 128"),
-    "profile-6x192": lambda: profile("6 x 192"),
-    "mmlu": lambda: mmlu("results/mmlu.csv"),
-    "nanogpt": lambda: pivot("", load("results/nanogpt.csv"), "program", "measure", each),
-    "look": lambda: count_table(load("results/look.csv")),
-    "streaming": lambda: pivot("", load("results/streaming.csv"), "what", "measure", measured),
-}
-
-
-# --- Until these files are measured anew: experiments with the columns of before
+# --- Tables of experiments of before compare.py, with columns of their own
 
 def of_seeds(rows):
     """Accuracy in % of each seed at one length, the mean over its tasks."""
@@ -182,33 +157,43 @@ def accuracy_all(name):
     return markdown(["accuracy in %", *known, *lengths], lines)
 
 
-def old_task_means(rows):
-    """{model: {task: accuracy in %}} of the rows of one length, where tasks are known."""
-    rows = [row for row in rows if row["task"] != "all"]
-    return {model: {row["task"]: float(row["accuracy"]) for row in select(rows, model=model)}
-            for model in values(rows, "model")}
-
-
 def by_task(name):
     """Accuracy task by task, of the models whose tasks are known."""
     rows = [row for row in load(name) if row["task"] != "all"]
-    means = {length: old_task_means(select(rows, length=length))
-             for length in values(rows, "length")}
     lines = []
     for model in values(rows, "model"):
-        for length in means:
-            found = list(means[length][model].values())
+        for length in values(rows, "length"):
+            found = [float(row["accuracy"]) for row in select(rows, model=model, length=length)]
             lines.append([model, length, *map(whole, [*found, mean(found[:5]), mean(found)])])
     header = ["accuracy in %", "length", *values(rows, "task"), "qa1-qa5", "all"]
     return markdown(header, lines, left=2)
 
 
-OLD = {  # name: its file, and the table
-    "qa1": ("qa1", lambda: accuracy("results/qa1.csv", ["0k", "1k", "4k", "16k", "64k", "128k"])),
-    "qa1-all": ("qa1", lambda: accuracy_all("results/qa1.csv")),
-    "ten-before": ("ten_before", lambda: accuracy_all("results/ten_before.csv")),
-    "ten-gpu-all": ("ten_gpu", lambda: accuracy_all("results/ten_gpu.csv")),
-    "ten-gpu-tasks": ("ten_gpu", lambda: by_task("results/ten_gpu.csv")),
+TABLES = {
+    "first-run": lambda: printed("results/first_run.txt", 6, 2),
+    "first-segment": lambda: accuracy("results/first_segment.csv", ["0k", "1k", "2k", "4k", "8k"]),
+    "real-babi": lambda: pivot("accuracy in %", load("results/real_babi.csv"), "run", "stories",
+                               with_interval),
+    "paper": lambda: pivot("accuracy in %", load("data/paper_babilong.csv"), "model", "length",
+                           paper_mean),
+    "paper-far": paper_far,
+    "speed-cpu-training": lambda: speed("results/speed_cpu_training.csv"),
+    "speed-cpu": lambda: speed("results/speed_cpu.csv"),
+    "speed-cpu-far": lambda: speed_all("results/speed_cpu_far.csv"),
+    "speed-cpu-generation": lambda: speed("results/speed_cpu_generation.csv"),
+    "speed-cpu-compiled": lambda: speed("results/speed_cpu_compiled.csv"),
+    "speed-gpu": lambda: speed("results/speed_gpu.csv"),
+    "speed-gpu-all": lambda: speed_all("results/speed_gpu.csv"),
+    "processes": lambda: pivot("", load("results/processes.csv"), "what", "measure", measured),
+    "profile-4x128": lambda: profile("4 x 128"),
+    "profile-6x192": lambda: profile("6 x 192"),
+    "mmlu": lambda: mmlu("results/mmlu.csv"),
+    "nanogpt": lambda: pivot("", load("results/nanogpt.csv"), "program", "measure", each),
+    "look": lambda: count_table(load("results/look.csv")),
+    "streaming": lambda: pivot("", load("results/streaming.csv"), "what", "measure", measured),
+    "ten-before": lambda: accuracy_all("results/ten_before.csv"),
+    "ten-gpu-all": lambda: accuracy_all("results/ten_gpu.csv"),
+    "ten-gpu-tasks": lambda: by_task("results/ten_gpu.csv"),
 }
 
 
@@ -227,8 +212,6 @@ def experiments():
 def task_means(name, length):
     """{row: {task: accuracy in %, the mean over its seeds}} of results/NAME.csv at a length."""
     path = ROOT / "results" / f"{name}.csv"
-    if name not in experiments():
-        return old_task_means(select(load(path), length=length))
     rows = select(scores.by_run(read_results(path)), length=length)
     return {row: scores.task_means(select(rows, row=row)) for row in values(rows, "row")}
 
@@ -259,13 +242,11 @@ def table_of_experiment(name, kind="", lengths=""):
 def table(marker):
     """The table that a marker names. Raises ValueError, one line."""
     name, *more = marker.split(" ", 2)
-    new = experiments()
-    if name in new:
+    if name in experiments():
         return table_of_experiment(name, *more)
-    tables = TABLES | {old: make for old, (file, make) in OLD.items() if file not in new}
-    if marker in tables:
-        return tables[marker]()
-    raise ValueError(f"there is no table {marker}: use {', '.join([*new, *tables])}")
+    if marker in TABLES:
+        return TABLES[marker]()
+    raise ValueError(f"there is no table {marker}: use {', '.join([*experiments(), *TABLES])}")
 
 
 def rendered(text):

@@ -65,9 +65,15 @@ def test_booleans_stand_alone_or_with_a_value(flag, value):
 
 def test_arguments_without_a_name_may_stand_anywhere():
     for args in (["a", "b", "--width=7"], ["--width=7", "a", "b"], ["a", "--width=7", "b"],
-                 ["a", "--width", "7", "--loud=True", "b"]):
+                 ["a", "--width", "7", "--loud=True", "b"], ["--width=7", "--loud", "a", "b"],
+                 ["a", "b", "--width=7", "--loud"], ["--width=7", "--loud", "True", "a", "b"]):
         config, given = parse(Files, "", args)
         assert config.files == ["a", "b"] and config.width == 7 and "files" in given
+        assert config.loud == any("--loud" in arg for arg in args)
+
+
+def test_a_name_for_what_has_none_is_refused_with_what_to_do(capsys):
+    assert "files is given without a name" in refused(capsys, Files, "--files=a")
 
 
 def test_values_may_hold_spaces_and_any_letter():

@@ -308,6 +308,17 @@ def test_report_names_length_loss_and_accuracies(stories):
     assert data.report(row) == f"2,000 tokens that count as 128,000: {figures}"
 
 
+def test_an_example_shows_the_whole_answer_also_where_a_letter_is_a_token():
+    characters, said = make_tokenizer("char", tokenizer_text(TEXT), 0), " apple football milk. Mary"
+
+    def generate(ids, n, temperature):
+        return torch.cat((ids, torch.tensor([characters.encode(said)[:n]])), 1)
+
+    data = Stories(["qa8"], [(0, 0)], None, None, characters, {})
+    example = data.example(SimpleNamespace(generate=generate), "cpu")
+    assert "? apple football milk. (right: " in example
+
+
 def test_an_example_has_a_space_before_its_answer_with_any_tokenizer(bpe):
     for tokenizer, said in ((bpe, " office. Mary"),
                             (tokenizer_of(sentencepiece_metadata()), "office. Mary")):
@@ -366,8 +377,8 @@ def test_a_run_that_goes_on_keeps_its_tokenizer(config):
     ("lengths", "0k,999999M", "at most 100M"),
     ("tokenizer", "word", "tokenizer=word is not known"),
     ("vocab_size", 1 << 40, "use at most"),
-    ("corpus", "nowhere.txt", "nowhere.txt is not there"),
-    ("corpus", "babilong", "babilong is not there")])
+    ("corpus", "nowhere.txt", "^corpus=nowhere.txt is not there"),
+    ("corpus", "babilong", "^corpus=babilong is not there")])
 def test_stories_that_cannot_be_are_refused_in_one_line(config, field, value, message):
     if field == "vocab_size":
         config.tokenizer = "bpe"

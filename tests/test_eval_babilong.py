@@ -20,7 +20,7 @@ from test_gguf_tokenizer import sentencepiece_metadata, tokenizer_of
 
 import eval_babilong
 from data import files
-from data.babi import format_story, simulate
+from data.babi import TASKS, format_story, simulate
 from data.babilong import Haystack, Question, hide_question, split_sentences
 from data.curriculum import tokenizer_text
 from data.text import split
@@ -794,6 +794,10 @@ def test_the_papers_rows_stand_beside_ours():
     assert lines["paper: LM2-1.7B"].average == 94.0
     assert lines["mine"].accuracy == {"qa1": 90.0, "qa2": 50.0} and lines["mine"].average == 70.0
     assert [line.name for line in tables["512"]] == ["mine"]
+
+    rows = [row(task=task) for task in reversed(TASKS)]
+    far = {line.name: line for line in make_tables(rows, 10, paper=True)["0k"]}
+    assert list(far["paper: LM2-1.7B"].accuracy) == TASKS, "a sum that is always the same"
 
     def of_paper(length):
         return {line.name: line.accuracy["qa1"] for line in tables[length]

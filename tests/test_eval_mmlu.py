@@ -202,6 +202,14 @@ def test_each_run_and_subject_becomes_a_row_and_each_run_a_line(ask, runs, tmp_p
     assert out.startswith("9 questions of mmlu, ") and ("cloze" in out) == ("--cloze" in flags)
 
 
+def test_results_of_another_program_are_kept(ask, runs, tmp_path):
+    path = tmp_path / "results/results.json"
+    path.parent.mkdir()
+    path.write_text("mine")
+    code, _, err = ask(*runs)
+    assert is_one_line(code, err, "results.json", "--out_dir") and path.read_text() == "mine"
+
+
 def test_after_ctrl_c_the_same_command_goes_on_to_the_same_rows(ask, runs, tmp_path, monkeypatch):
     code, whole, err = ask(*runs)
     assert code == 0, err

@@ -158,6 +158,7 @@ def test_the_old_keys_of_rope_scaling_mean_the_same(tmp_path):
     (dict(num_attention_heads="3"), "n_head=3"), (dict(head_dim={"a": 1}), "head_dim={'a': 1}"),
     (dict(hidden_size=0), "another type"), (dict(intermediate_size=0), "mlp_ratio"),
     (dict(rope_parameters=["llama3"]), "rope scaling"), (dict(head_dim="8"), "head_dim=8"),
+    (dict(num_key_value_heads=4), "lacks 16 of 32 rows of model.layers.0.self_attn.k_proj.weight"),
     (dict(tie_word_embeddings="so"), "tie_head=so"), (dict(num_hidden_layers=-1), "n_layer=-1"),
 ], ids=str)
 def test_what_cannot_be_represented_is_refused_with_its_key(folder, change, named):

@@ -36,6 +36,14 @@ def test_flops_are_six_a_parameter_and_attention_to_what_is_seen(attention, leng
     assert training_flops(vanilla, length) == 6 * parameters + 12 * 2 * 16 * seen
 
 
+@pytest.mark.parametrize("vectors", ["wpe", "memory_tokens"])  # of nanoGPT, of RMT
+def test_what_no_token_is_multiplied_by_costs_no_flops(vectors):
+    vanilla = model(memory="none")
+    before = training_flops(vanilla, 8)
+    vanilla.register_parameter(vectors, torch.nn.Parameter(torch.zeros(8, 16)))
+    assert training_flops(vanilla, 8) == before
+
+
 @pytest.mark.parametrize("kind", [
     dict(memory="none"), dict(), dict(mem_write="aligned"), dict(memory="rmt")], ids=str)
 @pytest.mark.parametrize("segments", [1, 8])

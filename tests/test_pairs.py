@@ -286,7 +286,8 @@ def test_training_on_pairs_resumes_bit_for_bit_and_asks_beyond_its_pairs(checkou
 
 
 @pytest.mark.parametrize("flag, message", [("--pairs=1", "1 in pairs=1 must be a number from 2"),
-                                           ("--tokenizer=bpe", "tokenizer=bpe is not for pairs")])
+                                           ("--tokenizer=bpe", "tokenizer=bpe is not for pairs"),
+                                           ("--vocab_size=9", "for this text: leave it out\n")])
 def test_bad_flags_are_refused_in_one_line(call, flag, message):
     code, _, err = call("train.py", "--dataset=pairs", *SMALL, "--out_dir=out/refused", flag)
     assert code == 2 and message in err and err.count("\n") == 1

@@ -40,6 +40,28 @@ def test_a_run_knows_where_its_weights_are_from(run):
     assert config["parameters"] == sum(p.numel() for p in model.parameters())
 
 
+def test_a_run_that_is_there_is_kept_and_the_remedy_works(call, checkout, run):
+    before = (run / "best.pt").read_bytes()
+    code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny", *BANKS)
+    assert is_one_line(code, err, "there is a run in out/tiny", "train.py --resume", "--overwrite")
+    assert (run / "best.pt").read_bytes() == before
+    code, _, err = call("pretrained.py", "--overwrite", str(TINY / "grouped"), "--out_dir=out/new")
+    assert code == 0, err
+
+
+def test_a_model_that_is_larger_than_memory_is_told_before_it_is_made(call, checkout):
+    with (patch("pretrained.memory_of", return_value=10_000),
+          patch("pretrained.copy_weights", side_effect=AssertionError)):
+        code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/large")
+    assert is_one_line(code, err, "grouped", "GB of memory", "smaller model")
+    assert not (checkout.folder / "out/large").exists()
+
+
+def test_a_model_of_hugging_face_is_no_run_yet(call):
+    code, _, err = call("sample.py", f"--out_dir={TINY / 'grouped'}")
+    assert is_one_line(code, err, "a model of Hugging Face", "python pretrained.py")
+
+
 def test_without_a_bank_it_says_the_same(call, checkout, run):
     code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/bare",
                         "--memory=none")

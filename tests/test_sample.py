@@ -100,7 +100,7 @@ def test_no_number_is_nan_infinite_negative_or_too_long(capsys, name):
     (["--out_dir=out/not-there"], "out/not-there"), (["--out_dir="], "best.pt"),
     (["--out_dir=play.txt"], "play.txt"), (["--start=\u00df"], "'\u00df'"),
     (["--start=\udcff"], "vocabulary"), (["--start=FILE:none.txt"], "none.txt"),
-    (["--start=FILE:"], "text file"), (["--start=FILE:out"], "out is not a file"),
+    (["--start=FILE:"], "an empty name is not a file"), (["--start=FILE:out"], "out is not a file"),
     (["--start=FILE:latin1.txt"], "latin1.txt is not UTF-8"),
     (["--top_p=0"], "top_p=0"), (["--top_p=1e-300"], "top_p=1e-300"),
     (["--top_p=1.1"], "top_p=1.1"),

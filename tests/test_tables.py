@@ -184,26 +184,11 @@ def test_a_file_of_an_experiment_that_says_nothing_is_named(checkout, content, m
         tables.rendered(page("small"))
 
 
-def test_old_tables_stay_until_their_file_is_measured_anew(checkout):
-    old = ("experiment,model,parameters,minutes,seed,length,task,questions,accuracy\n"
-           "qa1,LM2,10,1,1,4k,qa1,100,98\n")
-    (checkout / "results" / "qa1.csv").write_text(old)
-    assert cells(tables.rendered(page("qa1-all")))["LM2"]["4k"] == "98"
-    write_results(checkout / "results" / "qa1.csv", rows_of_two())
-    assert tables.rendered(page("qa1")) == page("qa1", experiment_table(rows_of_two()))
-    with pytest.raises(ValueError, match="^there is no table qa1-all: use qa1, small, "):
-        tables.rendered(page("qa1-all"))
-
-
-def test_means_of_tasks_are_the_same_from_an_old_file_and_a_new_one(checkout):
+def test_means_of_tasks_are_of_one_length(checkout):
     path = checkout / "results" / "ten.csv"
-    path.write_text("experiment,model,parameters,minutes,seed,length,task,questions,accuracy\n"
-                    "ten,LM2,10,1,1,4k,qa1,4,75\nten,LM2,10,1,1,4k,qa2,4,50\n"
-                    "ten,LM2,10,1,1,0k,qa1,4,100\nten,RMT,10,1,1,4k,all,4,30\n")
-    old = tables.task_means("ten", "4k")
     write_results(path, [answered("LM2", 1, "0111"), answered("LM2", 1, "0101", task="qa2"),
                          answered("LM2", 1, "1111", length="0k")])
-    assert old == tables.task_means("ten", "4k") == {"LM2": {"qa1": 75, "qa2": 50}}
+    assert tables.task_means("ten", "4k") == {"LM2": {"qa1": 75, "qa2": 50}}
 
 
 @pytest.mark.parametrize("changes", [{}, {"shots": 0}, {"cloze": True}, {"source": "x"}], ids=str)
