@@ -1,7 +1,7 @@
 """
 Speed and peak memory, side by side:
 
-    python bench.py                          # everything
+    python bench.py                          # all of --parts: training, generation, reading, data
     python bench.py --parts=training,data --repeats=9 --csv=bench.csv --plot=bench.png
     python bench.py --nanogpt=../nanoGPT     # with nanoGPT, from a clone of it, as one more rival
     python bench.py --transformers           # with Hugging Face's Llama
@@ -79,7 +79,7 @@ class BenchConfig:
     nanogpt: str = ""             # folder of nanoGPT's model.py: a rival in training and generation
     transformers: bool = False    # Hugging Face's Llama, a rival in training
     compile: bool = False         # torch.compile training, and two more rivals in generation
-    corpus: str = "shakespeare"   # the text of the data path, as for train.py's dataset
+    corpus: str = "shakespeare"   # the text of the data path, as for train.py's corpus
     # measurements instead of these
     profile: bool = False         # the time of a training step and of a generation, by their parts
     soak: bool = False            # a million generated tokens: MiB in use, drift of the logits

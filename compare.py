@@ -8,7 +8,7 @@ Compare models: train and ask the rows of an experiment, each with several seeds
 
 An experiment is a TOML file: rows, seeds, and what is asked (lib/experiment.py shows one). Its
 results go into results/NAME.csv, results/NAME.png and results/NAME_log.csv, run by run; a second
-call does nothing. Runs lie in --out_dir. What is stopped goes on with the same command.
+call only prints and draws. Runs lie in --out_dir. What is stopped goes on with the same command.
 """
 import math
 import os

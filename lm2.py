@@ -9,8 +9,8 @@ Notable features:
 - a streaming state of constant size: tokens in any chunks give the logits of the whole
 - time dilation: in training a segment can count as hundreds, so that memory learns to last
 
-Shapes: B batch, L tokens of one call, P tokens before it, T = block_size (a segment), S segments,
-N = mem_slots, D = n_embd, nh = n_head, nkv = kv_heads, hs = D / nh. "Eq." numbers are the paper's.
+Shapes: B batch, L tokens of one call, T = block_size (a segment), S segments, N = mem_slots,
+D = n_embd, nh = n_head, nkv = kv_heads, hs = D / nh. "Eq." numbers are the paper's.
 """
 import math
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class LM2Config:
     qk_norm: bool = True         # RMSNorm on queries and keys
     norm_eps: float = 1e-5       # added to the mean square in every RMSNorm
     rope_theta: float = 10000.0  # base of the rotary angles
-    rope_factor: float = 1.0     # Llama 3's rope scaling: the slow angles turn so much more slowly
-    rope_context: int = 8192     # tokens of a text before that scaling
+    rope_factor: float = 1.0     # Llama 3's rope scaling: slow angles turn this many times slower
+    rope_context: int = 8192     # longest text in tokens, before that scaling
     tie_head: bool = False       # the head has the embedding's weights
     attention: str = "window"    # window: last T tokens; segment: those of its segment; full: all
     # memory
@@ -52,7 +52,7 @@ class LM2Config:
     mem_slots: int = 16          # N: slots in a bank, or memory tokens of rmt
     mem_layers: int = -1         # blocks with a bank, counted from the first, -1: all
     mem_write: str = "attend"    # attend: slots ask the segment; aligned: slot i takes position i
-    window_dropout: float = 0.0  # share of training batches whose attention stays in the segment
+    window_dropout: float = 0.0  # with banks: share of training batches that attend in the segment
 
     @property
     def head_dim(self):
@@ -111,15 +111,15 @@ class LayerState(NamedTuple):
 
 
 class State(NamedTuple):
-    """What lies behind a text. No call changes it; a later one may share its tensors."""
+    """What is kept of the text so far. No call changes it; a later one may share its tensors."""
     pos: int                  # tokens seen so far
     layers: list[LayerState]  # one per block
 
 
 def put(rings, xs, pos):
     """Copies of rings (B, T, ...) with tokens (B, L, ...) from position pos on in their places."""
-    T, tokens = rings[0].size(1), torch.arange(xs[0].size(1), device=xs[0].device)
-    places = (pos + tokens[-T:]) % T
+    T, i = rings[0].size(1), torch.arange(xs[0].size(1), device=xs[0].device)
+    places = (pos + i[-T:]) % T  # only the last T tokens fit
     return [ring.index_copy(1, places, x[:, -T:].to(ring.dtype)) for ring, x in zip(rings, xs)]
 
 
@@ -146,7 +146,7 @@ def rope_angles(pos, length, config, device):
 
 def rotate(x, rope):
     """Turn x (B, L, heads, hs) by its angles: x_i with x_{i + hs/2}, as Hugging Face's Llama."""
-    cos, sin = rope  # the roll puts x_{i + hs/2} under x_i, and -x_i's sign is in sin
+    cos, sin = rope  # the roll puts x_{i + hs/2} under x_i; its minus sign is in sin
     return x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin
 
 
@@ -187,8 +187,8 @@ def window_attention(q, k, v, T, pos=0, within_segment=False):
     n, start = math.ceil((L - n_first) / T), past + n_first - T   # where the one before begins
     pad = (0, 0, 0, 0, 0, n * T - (L - n_first))  # of dimension 1: F.pad counts from the last one
     q = F.pad(q[:, n_first:], pad).unflatten(1, (n, T)).flatten(0, 1)   # (B * n, T, nh, hs)
-    k, v = (F.pad(x[:, start:], pad).unflatten(1, (-1, T)) for x in (k, v))
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1) for x in (k, v))
+    k, v = (F.pad(x[:, start:], pad).unflatten(1, (-1, T)) for x in (k, v))  # (B, n+1, T, nkv, hs)
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 2).flatten(0, 1) for x in (k, v))  # (B * n, 2 * T, ..)
     mask = causal_mask(T, 2 * T, T, q.device, T * within_segment)
     others = attend(q, k, v, mask).unflatten(0, (-1, n)).flatten(1, 2)  # (B, n * T, nh * hs)
     return torch.cat((E, others[:, :L - n_first]), dim=1)
@@ -258,20 +258,20 @@ class MemoryBank(nn.Module):
 
     def keys_values(self, M):
         """What tokens see of banks (Eq. 1). M (B, S, N, D) -> K and V (B, S, N, nh, hs)"""
-        c, bank = self.config, self.norm(M)
-        keys = norm_heads(wide(self.w_k(bank)).unflatten(-1, (c.n_head, c.head_dim)), c)
-        return keys, wide(self.w_v(bank)).unflatten(-1, (c.n_head, c.head_dim))
+        c, slots = self.config, self.norm(M)
+        keys = norm_heads(wide(self.w_k(slots)).unflatten(-1, (c.n_head, c.head_dim)), c)
+        return keys, wide(self.w_v(slots)).unflatten(-1, (c.n_head, c.head_dim))
 
     def read(self, h, keys, values):
         """E_mem: each token asks the slots (Eq. 1-2). h (B, S, L, D); keys and values
-        (B, S, N, nh, hs) of the bank that its segment sees -> (B, S, L, D)"""
+        (B, S, N, nh, hs) of the bank its segment sees -> (B, S, L, D). L here: of one segment"""
         c = self.config
         q = norm_heads(wide(self.w_q(h)).unflatten(-1, (c.n_head, c.head_dim)), c)
         q, keys, values = q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
         return attend(q, keys, values).view_as(h)
 
     def output_gate(self, E_mem):
-        """g_out (Eq. 3): how much of E_mem (B, S, L, D) each token takes, of the same shape."""
+        """g_out (Eq. 3): how much of E_mem (B, L, D) each token takes, of the same shape."""
         return self.w_out(E_mem).sigmoid()                              # Eq. 3
 
     def content(self, keys, values):
@@ -284,8 +284,8 @@ class MemoryBank(nn.Module):
         return C.unflatten(0, (-1, n_segments))
 
     def gates(self, x, C, repeats=None):
-        """Input and forget gate, Eq. 4 and 5, (B, S, N, D), float32. C is what may be written; x,
-        which the input gate sees, is C with `attend`, h with `aligned`. repeats: `LM2.forward`."""
+        """Input and forget gate, Eq. 4 and 5, (B, S, N, D), float32. C is what may be written; the
+        input gate sees x: C (`attend`) or h (`aligned`). repeats (B, S or more): `LM2.forward`."""
         g_in = wide(self.w_in(x)).sigmoid()                             # Eq. 4
         z = wide(self.w_forget(C)).clamp(max=60)  # beyond 100 `series` would be 0 / 0
         g_forget = z.sigmoid()                                          # Eq. 5
@@ -304,7 +304,7 @@ class MemoryBank(nn.Module):
 
     def write_attend(self, keys, values, M, repeats=None):
         """Write with any N up to D. keys and values as in `content`, M (B, 1, N, D) -> the bank
-        after each segment (B, S, N, D). Content and gates do not see it: only Eq. 6 recurs."""
+        after each segment (B, S, N, D). Content and gates see no bank: only Eq. 6 recurs."""
         C = self.content(keys, values)
         g_in, g_forget = self.gates(C, C, repeats)
         banks = []
@@ -315,7 +315,7 @@ class MemoryBank(nn.Module):
 
     def write_aligned(self, h, M):
         """Write as the paper has it: slot i belongs to position i, so N = T, and writes what that
-        token reads (first of the identity). h (B, S, T, D) normed inputs; else as `write_attend`"""
+        token finds in M, even a fresh one. h (B, S, T, D) normed inputs; else as `write_attend`"""
         banks = []
         for h_s in h.split(1, dim=1):
             C = self.read(h_s, *self.keys_values(M))
@@ -330,7 +330,7 @@ class MemoryBank(nn.Module):
         position pos on, BankState, repeats -> g_out * E_mem (B, L, D), the BankState after them"""
         T, L, aligned = self.config.block_size, h.size(1), self.config.mem_write == "aligned"
         xs = (h,) if aligned else (keys, values)  # what is written from
-        begun = pos % T                           # tokens of the first segment that came before
+        begun = pos % T                           # of its first segment: tokens seen before
         n_segments, n_whole = (1 if L == 1 else math.ceil((begun + L) / T)), (begun + L) // T
         require(repeats is None or repeats.shape == (len(h), n_segments),
                 f"repeats must have the shape (B, S), here {(len(h), n_segments)}")
@@ -346,13 +346,13 @@ class MemoryBank(nn.Module):
             xs = [x[:, :n_whole * T].unflatten(1, (n_whole, T)) for x in xs]
             M = self.write_aligned(*xs, M) if aligned else self.write_attend(*xs, M, repeats)
             new = M, *self.keys_values(M)
-            seen = [torch.cat(pair, dim=1) for pair in zip(seen, new[1:])]
+            seen = [torch.cat(pair, dim=1) for pair in zip(seen, new[1:])]  # (B, n_whole + 1, ..)
             last = (x[:, -1].clone(memory_format=torch.contiguous_format) for x in new)  # no views
-        # read: each token in its segment, all segments at once, each the bank of the one before
+        # read: all segments at once, each token in the bank that the segment before left
         before, after = (begun, n_segments * T - begun - L) if n_segments > 1 else (0, 0)
         queries = F.pad(h, (0, 0, before, after)).unflatten(1, (n_segments, -1))
         E_mem = self.read(queries, *(x[:, :n_segments] for x in seen))
-        E_mem = E_mem.flatten(1, 2)[:, before:before + L]
+        E_mem = E_mem.flatten(1, 2)[:, before:before + L]                # (B, L, D)
         return self.output_gate(E_mem) * E_mem, BankState(*last, rings)  # Eq. 3
 
 
@@ -416,7 +416,7 @@ class LM2(nn.Module):
         """
         linear layers       normal, std 1/sqrt(fan_in); biases zero
         embedding           normal, std 0.5 (tied: as linear layers); slot queries normal, std 1
-        head, memory's w_v  zero (unless tied): memory adds nothing, the loss is log(vocab_size)
+        w_v, untied head    zero: memory adds nothing, and the loss is log(vocab_size)
         gates               zero weights, so that they start at their biases: input and output gate
                             half open (closed, they hide the gradient), forget gate +2 (0.88)"""
         for module in self.modules():
@@ -473,8 +473,8 @@ class LM2(nn.Module):
     def forward(self, idx, targets=None, state=None, repeats=None):
         """idx (B, L) token ids, any L >= 1; targets (B, L), -1 where nothing is to be predicted;
         state from an earlier call; repeats (B, S), time dilation: how often each of the S segments
-        that idx has tokens of is written, None: once -> logits (B, L, vocab_size), loss (mean
-        cross-entropy in nats per target, None without targets), state"""
+        that idx has tokens of is written if it ends here, None: once -> logits (B, L, vocab_size),
+        loss (mean cross-entropy in nats per target, None without targets), state"""
         x, state = self.features(idx, state, repeats)
         logits = self.head(x)
         if targets is None:
@@ -486,8 +486,8 @@ class LM2(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, compiled=False):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
         at O(T + N) unless attention="full". temperature 0 is greedy; top_k keeps the k likeliest
-        tokens, top_p the likeliest that together reach probability p. compiled: of a text three
-        steps are compiled, seconds each; after eight PyTorch goes on without. Raises ValueError."""
+        tokens, top_p the likeliest that together reach probability p. compiled: three kinds of step
+        (first, others, last of a segment) compile, seconds each, 8 at most. Raises ValueError."""
         state, step = None, self.features
         if compiled:
             require(self.config.attention != "full" and self.config.memory != "rmt",

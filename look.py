@@ -48,7 +48,7 @@ class LookConfig:
     runs: list = field(default_factory=list)  # folder of the run
     # what it reads: a story, or a text
     task: str = "qa1"      # task of BABILong
-    length: str = "1k"     # tokens of the text around the story, 0k: none
+    length: str = "1k"     # tokens of the story and the text around it, 0k: the bare story
     text: str = ""         # a file
     start: str = ""        # a text
     seed: int = 1337       # of the story

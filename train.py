@@ -40,14 +40,14 @@ class TrainConfig(LM2Config):
     dataset: str = "shakespeare"  # shakespeare, babilong, pairs, or .txt, .jsonl, .parquet file(s)
     tokenizer: str = "char"       # char, bpe or gpt2
     vocab_size: int = 1024        # tokens of the bpe tokenizer; char and gpt2 bring their own
-    tasks: str = "qa1"            # babilong: the tasks, all in every batch, as in qa1,qa2
-    lengths: str = "0k,256,512"   # babilong: in tokens; 0k: no text; 128k/2k: 2k that count as 128k
+    tasks: str = "qa1"            # babilong: each story is of one, drawn at random, as in qa1,qa2
+    lengths: str = "0k,256,512"   # babilong: tokens; 0k: bare story; 128k/2k: 2k that count as 128k
     pairs: str = "2,4,8,16,50"    # pairs: numbers of key-value pairs, one after the other
     rehearse: float = 0.3         # babilong, pairs: share of the steps at any stage reached so far
     corpus: str = "shakespeare"   # babilong: the text around the facts: shakespeare, .txt file(s)
     # optimization
-    n_segments: int = 4           # segments in a training sequence: how far gradients flow
-    batch_size: int = 6           # sequences in a batch; babilong: as many tokens in stories
+    n_segments: int = 4           # segments in a sequence of text: how far gradients flow
+    batch_size: int = 6           # sequences in a batch; babilong: stories of as many tokens
     gradient_accumulation_steps: int = 1  # batches in a step, in each process
     max_iters: int = 1500         # steps
     learning_rate: float = 0.025  # of Muon, for the hidden matrices
@@ -68,7 +68,7 @@ class TrainConfig(LM2Config):
     dtype: str = "auto"           # of the matmuls: auto (the faster), float32 or bfloat16
     num_workers: int = 0          # processes that make batches ahead, where a GPU waits for stories
     compile: bool | None = None   # torch.compile the model; auto: on a GPU
-    checkpoint_activations: bool = False  # blocks are computed again going back: less memory
+    checkpoint_activations: bool = False  # compute blocks again in the backward pass: less memory
     # run
     out_dir: str = "out/DATASET"  # folder of the run
     init_from: str = ""           # folder of a run whose weights and shape this one begins with
@@ -156,7 +156,7 @@ def batches(data, config, step, rank, world, device):
     """
     until = min(config.max_iters, step - step % config.eval_interval + config.eval_interval)
 
-    def batch(number):
+    def batch(number):  # the collate_fn below: no data is loaded, the number says which batch
         later, micro = divmod(number, config.gradient_accumulation_steps)
         return data.batch(config, step + later, micro * world + rank)
 
@@ -172,9 +172,9 @@ def batches(data, config, step, rank, world, device):
 @torch.no_grad()
 def evaluate(model, data, config, device, stop):
     """
-    Mean loss in nats per target of each column of the evaluation, and of stories the share of
+    Mean loss in nats per target of each column of log.csv, and of stories the share of
     answers that are right to the last token, of all and of each task (eval_babilong.py lets the
-    model write instead) -> {column: figure}, or None where a stop was asked
+    model write instead) -> {column: number}, or None where a stop was asked
     """
     model.eval()
     nats, targets, right, state = Counter(), Counter(), defaultdict(list), None

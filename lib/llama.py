@@ -3,7 +3,7 @@ A Llama's weights for the decoder of lm2.py: from a folder as Hugging Face write
 tokenizer.json, *.safetensors) or from a GGUF file. No pickle is ever opened.
 
     llama = open_llama("Llama-3.2-1B")
-    model = LM2(LM2Config(**llama.shape, memory="none"))
+    model = LM2(LM2Config(**llama.shape, memory="none", attention="full"))
     copy_weights(llama, model)
 
 Names of tensors and keys are those of Hugging Face's Llama. What lm2.py cannot represent is refused
