@@ -57,7 +57,7 @@ BENCHMARKS = ("training", "generation", "reading", "data")
 OF_PARTS = {  # flags, and what they are for
     "max_length": ("generation", "reading"), "nanogpt": ("training", "generation", "profile"),
     "transformers": ("training",), "compile": ("training", "generation"), "corpus": ("data",),
-    "dtype": (*BENCHMARKS, "profile"), "repeats": (*BENCHMARKS, "profile")}
+    "dtype": ("training", "reading", "profile"), "repeats": (*BENCHMARKS, "profile")}
 SIZES = {
     "cpu": [dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
             dict(n_layer=6, n_head=6, n_embd=192, block_size=128)],

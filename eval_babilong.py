@@ -195,7 +195,7 @@ def text_around(config, corpus, sha256):
         return found.text, found.sha256
     found = read_text(corpus, "corpus")
     if found.sha256 != sha256:
-        raise ValueError("this text is not the one of its training: "
+        raise ValueError(f"corpus={corpus} is not the one of its training: "
                          "bring that one back, name another --corpus, or train again")
     return split(found.text)[1], sha256
 
@@ -214,9 +214,12 @@ def load_run(folder, config, device):
     counter = make_counter(config, tokenizer)
     try:
         text, corpus_sha256 = text_around(config, corpus, sha256)
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{folder}: {e}") from None
+    try:
         check_text(tokenizer, " ".join(text.split()))  # whitespace becomes spaces in a Haystack
         haystack = Haystack(text, counter) if text else None
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         raise ValueError(f"corpus={config.corpus or corpus} for {folder}: {e}") from None
     about = {"run": folder_name(folder), "checkpoint_sha256": sha256_of(Path(folder) / "best.pt"),
              "corpus": config.corpus and folder_name(config.corpus),

@@ -216,8 +216,8 @@ def main():
         device = pick_device(config.device)
         rows = results.load(store, COLUMNS)
         if store.with_suffix(".json").exists() and not store.exists():
-            raise ValueError(f"{store.with_suffix('.json')} is there, and not made by this "
-                             "program: use another --out_dir")
+            raise ValueError(f"{store.with_suffix('.json')} is there without its results.csv: "
+                             "move it away, too, or use another --out_dir")
         dtype = choose_dtype(config, device, rows)
         runs = [load_run(folder, device) for folder in config.runs]
         exam = find_exam(config.mmlu_dir, config.mmlu_dir and folder_name(config.mmlu_dir))

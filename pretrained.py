@@ -8,6 +8,7 @@ before they are trained.
 
 Then `sample.py`, `eval_mmlu.py`, `look.py --text` and `train.py --init_from` work with it.
 """
+import math
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass, field
@@ -91,11 +92,14 @@ def write_run(config, llama, source):
     out_dir = Path(config.out_dir)
     wanted = {name: value for name, value in vars(config).items() if name in vars(LM2Config)}
     model_config = LM2Config(**llama.shape, **wanted)
-    with torch.device("meta"):  # without memory
-        n_parameters = sum(p.numel() for p in LM2(model_config).parameters())
+    try:
+        with torch.device("meta"):  # to count
+            n_parameters = sum(p.numel() for p in LM2(model_config).parameters())
+    except (RuntimeError, TypeError, OverflowError):  # sizes of more than 64 bits
+        n_parameters = math.inf
     if 4 * n_parameters > memory_of(torch.device("cpu")):
-        raise ValueError(f"{llama.path} needs {4e-9 * n_parameters:,.0f} GB of memory in float32: "
-                         "use a smaller model")
+        raise ValueError(f"in float32 this model needs {4e-9 * n_parameters:,.0f} GB of memory: "
+                         "use a smaller one, or smaller --mem_layers or --mem_slots")
     torch.manual_seed(config.seed)
     model = LM2(model_config)
     lock = claim(out_dir, 4 * n_parameters + 20_000_000, may_exist=config.overwrite)

@@ -184,11 +184,12 @@ def parse(cls, description, argv=None):
             values |= preset
         if unknown:
             name = re.split(r"[= ]", unknown[0].lstrip("-"))[0]
-            near, = get_close_matches(name, [*known, "config"], n=1, cutoff=0)
+            nameless = [each for each, field in known.items() if field.type is list]
+            if near := get_close_matches(name, nameless, n=1):
+                raise ValueError(f"unknown key {unknown[0]}: {near[0]} is given without a name: "
+                                 "write its value alone (--help lists all)")
+            near, = get_close_matches(name, [*{*known} - {*nameless}, "config"], n=1, cutoff=0)
             near = f"config={name}" if name.endswith(".toml") else near
-            if near in known and known[near].type is list:
-                raise ValueError(f"unknown key {unknown[0]}: {near} is given without a name, the "
-                                 "value alone (--help lists all)")
             raise ValueError(f"unknown key {unknown[0]}: did you mean --{near}? "
                              "(--help lists all)")
         for name, value in vars(flags).items():

@@ -132,8 +132,10 @@ def check_vocab_size(config, given, tokenizer):
 def check_free(out_dir):
     """Raises ValueError where a folder has a run."""
     if any(Path(out_dir, name).exists() for name in checkpoint.FILES):
-        raise ValueError(f"there is a run in {out_dir}: train.py --resume goes on with it, "
-                         "--overwrite replaces it, --out_dir goes elsewhere")
+        begun = Path(out_dir, "ckpt.pt").exists()  # by train.py
+        raise ValueError(f"there is a run in {out_dir}: "
+                         + "train.py --resume goes on with it, " * begun
+                         + "--overwrite replaces it, --out_dir goes elsewhere")
 
 
 def claim(out_dir, n_bytes, may_exist):

@@ -193,7 +193,7 @@ def test_soak_is_a_million_tokens_of_a_model_whose_memory_is_open(small, monkeyp
 
 # --- The program
 
-DATA = ("--parts=data", "--repeats=1", "--corpus=play.txt", "--device=cpu", "--dtype=float32")
+DATA = ("--parts=data", "--repeats=1", "--corpus=play.txt", "--device=cpu")
 
 
 def test_data_path_is_measured_and_written_with_its_command(checkout, call):
@@ -257,9 +257,10 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
      "--compile is for training, generation, not for profile"),
     (["--profile", "--nanogpt=nowhere", "--corpus=shakespeare"], "nanogpt=nowhere"),
     (["--profile", "--soak"], "exclude each other"),
-    (["--soak", "--corpus=shakespeare"], "--dtype is for training, generation, reading, data"),
+    (["--dtype=float32"], "--dtype is for training, reading, profile, not for data: leave it out"),
+    (["--soak", "--corpus=shakespeare"], "--repeats is for training, generation, reading, data"),
     (["--transformers"], "--transformers is for training, not for data"),
-    (["--soak", "--csv=a.csv", "--corpus=shakespeare", "--dtype=auto", "--repeats=5"],
+    (["--soak", "--csv=a.csv", "--corpus=shakespeare", "--repeats=5"],
      "leave them out"),
 ])
 def test_bad_input_is_refused_in_one_line(checkout, call, flags, message):

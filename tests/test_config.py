@@ -74,6 +74,8 @@ def test_arguments_without_a_name_may_stand_anywhere():
 
 def test_a_name_for_what_has_none_is_refused_with_what_to_do(capsys):
     assert "files is given without a name" in refused(capsys, Files, "--files=a")
+    assert "did you mean --loud?" in refused(capsys, Files, "--lod=a")
+    assert "files" not in refused(capsys, Files, "--rag=3")
 
 
 def test_values_may_hold_spaces_and_any_letter():

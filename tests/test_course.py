@@ -1,7 +1,7 @@
 """
 The course keeps its promises: each row of docs/course.md is one call, in its hand-out the tests
-that guide fail, and with the bodies put back it is the repository again, where they pass; and the
-grader is fooled by no submission that hangs, crashes or prints.
+that guide fail, and with the bodies put back it is the repository again, whose tests are not tried
+once more; and the grader is fooled by no submission that hangs, crashes or prints.
 
 Hand-outs are tried one after another by forks of one process, which imports torch once for all. The
 grader is tried on a course of one line, without torch.
@@ -182,11 +182,10 @@ def test_every_word_of_the_expression_selects_a_test(assignment, tried):
 
 @each_assignment
 def test_put_back_a_hand_out_is_the_repository_again(assignment, tried, checkout):
-    """... whose tests that guide pass, or this suite fails."""
     folder, files = handed_out(assignment, checkout), tried[assignment.title].files
     assert {path.as_posix() for path in repository_files(REPO)} - files == {"tests/test_course.py"}
-    changed = {file for file in files
-               if (folder / file).read_bytes() != (REPO / file).read_bytes()}
+    changed = {file for file in files if not file.startswith("results/")  # measured meanwhile
+               and (folder / file).read_bytes() != (REPO / file).read_bytes()}
     assert changed == {ANSWERS.as_posix()}
 
 

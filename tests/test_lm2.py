@@ -174,10 +174,11 @@ def test_generate_reads_each_token_once(monkeypatch):
     assert read == [16 * T, T + 3] + [1] * (3 * T - 1)
 
 
-@pytest.mark.parametrize("kwargs", [*WRITES, dict(attention="segment"),
-                                    dict(memory="none", n_kv_head=1)], ids=str)
+@pytest.mark.parametrize("kwargs", [dict(n_layer=2, mem_layers=1), *WRITES,
+                                    dict(attention="segment"), dict(memory="none", n_kv_head=1)],
+                         ids=str)
 def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):
-    model, idx, real = make_small(n_layer=1, **kwargs), tokens(1, T + 3), torch.compile
+    model, idx, real = make_small(**{"n_layer": 1} | kwargs), tokens(1, T + 3), torch.compile
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     expected = list(model.stream(idx, 5 * T, temperature=0))

@@ -15,6 +15,7 @@ import pretrained
 from data.files import sha256_of
 from lib import checkpoint
 from lib.run import begun_from, claim, initial_weights
+from lm2 import LM2
 from train import TrainConfig
 
 TINY = Path(__file__).parent / "tiny_llama"
@@ -41,20 +42,35 @@ def test_a_run_knows_where_its_weights_are_from(run):
 
 
 def test_a_run_that_is_there_is_kept_and_the_remedy_works(call, checkout, run):
+    shutil.copytree(run, checkout.folder / "out/there")
+    flags = [str(TINY / "grouped"), "--out_dir=out/there", "--memory=none"]
     before = (run / "best.pt").read_bytes()
-    code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/tiny", *BANKS)
-    assert is_one_line(code, err, "there is a run in out/tiny", "train.py --resume", "--overwrite")
-    assert (run / "best.pt").read_bytes() == before
-    code, _, err = call("pretrained.py", "--overwrite", str(TINY / "grouped"), "--out_dir=out/new")
-    assert code == 0, err
+    code, _, err = call("pretrained.py", *flags)
+    assert is_one_line(code, err, "there is a run in out/there: --overwrite replaces it")
+    assert (checkout.folder / "out/there/best.pt").read_bytes() == before
+    code, _, err = call("pretrained.py", "--overwrite", *flags)
+    assert code == 0 and (checkout.folder / "out/there/best.pt").read_bytes() != before, err
 
 
-def test_a_model_that_is_larger_than_memory_is_told_before_it_is_made(call, checkout):
-    with (patch("pretrained.memory_of", return_value=10_000),
-          patch("pretrained.copy_weights", side_effect=AssertionError)):
-        code, _, err = call("pretrained.py", str(TINY / "grouped"), "--out_dir=out/large")
-    assert is_one_line(code, err, "grouped", "GB of memory", "smaller model")
-    assert not (checkout.folder / "out/large").exists()
+class NeverMade(LM2):
+    """A model that is only counted."""
+
+    def __init__(self, config):
+        assert torch.get_default_device().type == "meta"
+        super().__init__(config)
+
+
+def test_a_model_that_is_larger_than_memory_is_told_before_it_is_made(call, checkout, tmp_path):
+    huge = Path(shutil.copytree(TINY / "grouped", tmp_path / "huge"))
+    config = json.loads((huge / "config.json").read_text())
+    sizes = {name: 1 << 30 for name in ("hidden_size", "intermediate_size")}
+    (huge / "config.json").write_text(json.dumps(config | sizes | {"head_dim": 1 << 28}))
+    for folder, there in ((TINY / "grouped", 10_000), (huge, 1 << 40)):
+        with (patch("pretrained.memory_of", return_value=there),
+              patch("pretrained.LM2", NeverMade)):
+            code, _, err = call("pretrained.py", str(folder), "--out_dir=out/large")
+        assert is_one_line(code, err, "GB of memory", "a smaller one", "--mem_layers"), err
+        assert not (checkout.folder / "out/large").exists()
 
 
 def test_a_model_of_hugging_face_is_no_run_yet(call):
