@@ -93,9 +93,8 @@ def write_run(config, llama, source):
     wanted = {name: value for name, value in vars(config).items() if name in vars(LM2Config)}
     model_config = LM2Config(**llama.shape, **wanted)
     try:
-        with torch.device("meta"):  # to count
-            n_parameters = sum(p.numel() for p in LM2(model_config).parameters())
-    except (RuntimeError, TypeError, OverflowError):  # sizes of more than 64 bits
+        n_parameters = sum(p.numel() for p in checkpoint.outline(model_config).parameters())
+    except OverflowError:
         n_parameters = math.inf
     if 4 * n_parameters > memory_of(torch.device("cpu")):
         raise ValueError(f"in float32 this model needs {4e-9 * n_parameters:,.0f} GB of memory: "

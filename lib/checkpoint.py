@@ -33,6 +33,18 @@ def make_model(config):
     return RMT(config) if config.memory == "rmt" else LM2(config)
 
 
+def outline(config):
+    """
+    A model of an LM2Config that has shapes alone and takes no memory, to count its parameters.
+    Raises OverflowError where a size has more than 64 bits.
+    """
+    try:
+        with torch.device("meta"):
+            return make_model(config)
+    except (RuntimeError, TypeError) as e:  # torch has no one type for it
+        raise OverflowError(str(e)) from None
+
+
 @contextmanager
 def written(path, model, **more):
     """

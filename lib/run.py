@@ -132,10 +132,10 @@ def check_vocab_size(config, given, tokenizer):
 def check_free(out_dir):
     """Raises ValueError where a folder has a run."""
     if any(Path(out_dir, name).exists() for name in checkpoint.FILES):
-        begun = Path(out_dir, "ckpt.pt").exists()  # by train.py
-        raise ValueError(f"there is a run in {out_dir}: "
-                         + "train.py --resume goes on with it, " * begun
-                         + "--overwrite replaces it, --out_dir goes elsewhere")
+        trained = Path(out_dir, "ckpt.pt").exists()  # not so in a run of pretrained.py
+        resume = "train.py --resume goes on with it, " if trained else ""
+        raise ValueError(f"there is a run in {out_dir}: {resume}--overwrite replaces it, --out_dir "
+                         "goes elsewhere")
 
 
 def claim(out_dir, n_bytes, may_exist):
@@ -268,9 +268,9 @@ def check_memory(config, device):
     """
     n_tokens = config.batch_size * config.n_segments * config.block_size
     try:
-        with torch.device("meta"):  # one block without a bank; the others are as large, or larger
-            model = checkpoint.make_model(replace(config.model_config(), n_layer=1, mem_layers=0))
-    except (RuntimeError, TypeError, OverflowError):  # sizes of more than 64 bits
+        # one block without a bank; the others are as large, or larger
+        model = checkpoint.outline(replace(config.model_config(), n_layer=1, mem_layers=0))
+    except OverflowError:
         needed = math.inf
     else:
         n_parameters = sum(p.numel() for p in model.parameters())
@@ -298,8 +298,7 @@ def matched_mlp_ratio(config, device):
     """
     said = config.match_params
     wanted = int(said) if said.isdecimal() else checkpoint.load_config(said)["parameters"]
-    with torch.device("meta"):
-        model = checkpoint.make_model(config.model_config())
+    model = checkpoint.outline(config.model_config())
     hidden = model.blocks[0].mlp.w_up.out_features
     missing = wanted - sum(p.numel() for p in model.parameters())
     # an MLP has three matrices of this width, and their width is a multiple of 8
@@ -317,8 +316,7 @@ def matched_mlp_ratio(config, device):
             check_memory(config, device)
         except ValueError as e:
             raise ValueError(f"match_params={said} is too much: {e}, or a smaller number") from None
-        with torch.device("meta"):
-            matched = checkpoint.make_model(config.model_config())
+        matched = checkpoint.outline(config.model_config())
         found = sum(p.numel() for p in matched.parameters())
     if not found or abs(found - wanted) > 0.02 * wanted:
         raise ValueError(f"match_params={said} asks for {wanted:,} parameters, which no mlp_ratio "
