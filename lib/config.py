@@ -23,7 +23,7 @@ from difflib import get_close_matches
 
 from data.files import read_utf8
 
-BOOLEANS = ("true", "false", "auto", "none")
+BOOLEANS = {"true": True, "false": False, "auto": None, "none": None}
 LARGEST = 2 ** 31  # whole numbers stay below: as seeds and sizes they then fit everywhere
 
 
@@ -63,12 +63,10 @@ def convert(name, value, kind):
     """The value of a flag or a preset as the field's type. Raises ValueError."""
     word = str(value).lower()
     if kind in (bool, bool | None):
-        if word in ("auto", "none") and kind is not bool:
-            return None
-        if word not in ("true", "false"):
+        if word not in BOOLEANS or kind is bool and BOOLEANS[word] is None:
             also = "" if kind is bool else " or auto"
             raise ValueError(f"{name}={value} is not a boolean: use True or False{also}")
-        return word == "true"
+        return BOOLEANS[word]
     try:
         if isinstance(value, bool) or kind is int and isinstance(value, float):
             raise ValueError

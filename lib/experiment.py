@@ -362,14 +362,15 @@ def answers_folder(experiment, row, folder):
     return folder / (f"answers-{run_id(experiment, row)}" if row.ask_flags else "answers")
 
 
-def planned_tokens(experiment, row, config=()):
+def planned_tokens(experiment, row, run_config=None):
     """
-    The tokens that training a row takes: those of all its steps. config: that of its run, once it
-    is there: a run has the shape of the one that it begins with.
+    The tokens that training a row takes: those of all its steps. run_config: `train` of its run's
+    config.json, once it is there, since a run has the shape of the one that it begins with.
     """
     usual = {"max_iters": 1500, "batch_size": 6, "n_segments": 4, "block_size": 64,
              "gradient_accumulation_steps": 1}
-    config = usual | load_preset(experiment.preset_of(row)) | flags_of(row.flags) | dict(config)
+    config = usual | load_preset(experiment.preset_of(row)) | flags_of(row.flags)
+    config |= run_config or {}
     return math.prod(int(config[name]) for name in usual)
 
 

@@ -167,7 +167,7 @@ def make_tables(rows, n_samples, paper):
                 accuracy = {task: 100 * right / n for task, (n, right) in cells.items()}
                 asked = sum(n for n, _ in cells.values())
                 lines.append(TableLine(name, accuracy, *average(cells.values()), asked))
-        tasks = [task for task in TASKS if any(task in line.accuracy for line in lines)]
+        tasks = {task for line in lines for task in line.accuracy}
         tables[length] = lines + (paper_lines(length, tasks) if paper else [])
     return tables
 
@@ -183,7 +183,7 @@ def paper_lines(length, tasks):
     lines = []
     for row in found:
         name = f"paper: {row['model']}" + ("" if exact else " (>=8k)")
-        accuracy = {task: float(row[task]) for task in tasks}
+        accuracy = {task: float(row[task]) for task in TASKS if task in tasks}
         lines.append(TableLine(name, accuracy, sum(accuracy.values()) / len(tasks)))
     return lines
 
