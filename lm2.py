@@ -486,8 +486,8 @@ class LM2(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, compiled=False):
         """Continue idx (B, L), L >= 1: yields the next token of each row (B,), an inference tensor,
         at O(T + N) unless attention="full". temperature 0 is greedy; top_k keeps the k likeliest
-        tokens, top_p the likeliest that together reach probability p. compiled: once for the first,
-        the other and the last tokens of a segment, each takes many seconds. Raises ValueError."""
+        tokens, top_p the likeliest that together reach probability p. compiled: takes seconds for
+        each kind of step: the first, those that end a segment, all others. Raises ValueError."""
         state, step = None, self.features
         if compiled:
             require(self.config.attention != "full" and self.config.memory != "rmt",

@@ -172,7 +172,7 @@ def batches(data, config, step, rank, world, device):
 @torch.no_grad()
 def evaluate(model, data, config, device, stop):
     """
-    Mean loss in nats per target of each column of log.csv, and of stories the share of
+    Mean loss in nats per target for each loss in log.csv, and of stories the share of
     answers that are right to the last token, of all and of each task (eval_babilong.py lets the
     model write instead) -> {column: number}, or None where a stop was asked
     """

@@ -260,8 +260,7 @@ def test_what_was_found_is_kept_when_a_later_benchmark_fails(small, monkeypatch,
     (["--dtype=float32"], "--dtype is for training, reading, profile, not for data: leave it out"),
     (["--soak", "--corpus=shakespeare"], "--repeats is for training, generation, reading, data"),
     (["--transformers"], "--transformers is for training, not for data"),
-    (["--soak", "--csv=a.csv", "--corpus=shakespeare", "--repeats=5"],
-     "leave them out"),
+    (["--soak", "--csv=a.csv", "--corpus=shakespeare", "--repeats=5"], "leave them out"),
 ])
 def test_bad_input_is_refused_in_one_line(checkout, call, flags, message):
     (checkout.folder / "short.txt").write_text((checkout.folder / "play.txt").read_text()[:900])

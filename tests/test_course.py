@@ -1,7 +1,7 @@
 """
 The course keeps its promises: each row of docs/course.md is one call, in its hand-out the tests
-that guide fail, and with the bodies put back it is the repository again, whose tests are not tried
-once more; and the grader is fooled by no submission that hangs, crashes or prints.
+that guide fail, and with the bodies put back it is the repository again; and the grader is fooled
+by no submission that hangs, crashes or prints.
 
 Hand-outs are tried one after another by forks of one process, which imports torch once for all. The
 grader is tried on a course of one line, without torch.
