@@ -174,7 +174,7 @@ def test_generate_reads_each_token_once(monkeypatch):
     assert read == [16 * T, T + 3] + [1] * (3 * T - 1)
 
 
-@pytest.mark.parametrize("kwargs", [dict(n_layer=2, mem_layers=1), WRITES[1],
+@pytest.mark.parametrize("kwargs", [dict(n_layer=2, mem_layers=1, **WRITES[0]), WRITES[1],
                                     dict(attention="segment"), dict(memory="none", n_kv_head=1)],
                          ids=str)
 def test_compiled_streaming_is_one_graph_a_kind_of_token(kwargs, monkeypatch):
